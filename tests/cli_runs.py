@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zolightning.__main__ import main
 from zolightning.cli import ZerothOrderCLI
 from zolightning.commands.arguments import prepared
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAME = "sentiment-mezo-smollm2_135m"

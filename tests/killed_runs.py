@@ -44,7 +44,7 @@ from zolightning.callbacks import (
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.checkpoints.ledger import Ledger
 from zolightning.checkpoints.replay import replay
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 from zolightning.optim import LOZO, ZOMOPI, HiZOO, MeZO, ZerothOrderOptimizer
 from zolightning.weights_digest import weights_digest
 

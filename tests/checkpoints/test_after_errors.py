@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, MEZO, Killed, Run, Validated, die
 from zolightning.checkpoints.replay import Replayed, replay
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 
 pytestmark = AS_EXPECTED
 MakeRun = Callable[..., Run]

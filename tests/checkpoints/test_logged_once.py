@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from checkpoint_runs import AS_EXPECTED, Killed, Run, die
 from zolightning.checkpoints.ledger import Ledger
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 from zolightning.optim import StepRecord
 
 pytestmark = AS_EXPECTED

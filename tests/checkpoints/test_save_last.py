@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, Killed, Validated, die
 from zolightning.checkpoints.save_last import SaveLast
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 from zolightning.optim import LOZO, MeZO
 
 pytestmark = AS_EXPECTED

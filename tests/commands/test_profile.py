@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli_runs import NAME, Runs
-from zolightning.commands.run_folder import event_files
+from zolightning.commands.event_log import event_files
 from zolightning.commands.trainer import Trainer
 from zolightning.scopes.activation_profile import ActivationProfile
 

@@ -16,9 +16,10 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from cli_runs import NAME, Runs, printed, refused
+from zolightning.commands.event_log import event_files
 from zolightning.commands.report import differing_settings
 from zolightning.commands.report_curves import Line, _means, curves_svg
-from zolightning.commands.run_folder import event_files, read_run
+from zolightning.commands.run_folder import read_run
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 deprecates.

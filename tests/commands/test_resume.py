@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cli_runs import NAME, Runs, printed
 from zolightning.checkpoints.keep_ledger import KeepLedger
+from zolightning.commands.event_log import event_files
 from zolightning.commands.parser import OneLineParser
-from zolightning.commands.run_folder import event_files
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_process"),

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, replace_text
-from zolightning.commands.run_folder import EventLog, Run, run_of
+from zolightning.commands.event_log import EventLog
+from zolightning.commands.run_folder import Run, run_of
 from zolightning.partners import tensorboards
 from zolightning.rank_zero import rank_zero_warn
 from zolightning.versions import installed_version

@@ -8,8 +8,9 @@ from typing import Any
 
 from jinja2 import Environment
 
+from zolightning.commands.event_log import Point
 from zolightning.commands.report_curves import COLORS, Line, curves_svg
-from zolightning.commands.run_folder import Point, Run, max_steps
+from zolightning.commands.run_folder import Run, max_steps
 
 _PAGE = """
 <!doctype html>
