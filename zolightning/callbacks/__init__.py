@@ -2,8 +2,8 @@
 
 In the order of reading:
 
-* A method in place of backpropagation: ``zeroth_order``, ``own_optimizer``, ``refusals``, ``micro_batches``,
-  ``folding``.
+* A method in place of backpropagation: ``zeroth_order``, ``own_optimizer``, ``refusals``, ``step_refusals``,
+  ``micro_batches``, ``folding``.
 * Subspaces: ``subspace_resampling``, ``activation_bases``, ``momentum_transport``, ``spectra``.
 * Blocks: ``block_coordinate_descent``.
 * Learning rates: ``learning_rate_control``; ``learning_rate_probe``, ``replayed_walks``.

@@ -19,15 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from zolightning.callbacks.folding import choose_folding
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
-from zolightning.callbacks.refusals import (
-    gradients_of,
-    made_scheduler,
-    refuse_backward,
-    refuse_module,
-    refuse_own_gradients,
-    refuse_thawed,
-    refuse_unsupported,
-)
+from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
+from zolightning.callbacks.step_refusals import gradients_of, refuse_backward, refuse_own_gradients, refuse_thawed
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.directions.dense import compute_dtype
 from zolightning.evaluation.fresh_batches import FreshBatches
