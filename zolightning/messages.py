@@ -20,6 +20,12 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def aligned(texts: Mapping[str, str]) -> str:
+    """Titles and their texts in two columns, a line each."""
+    width = max(map(len, texts))
+    return "\n".join(f"{title:{width}}  {text}" for title, text in texts.items())
+
+
 def in_units(number: int) -> str:
     """A number of bytes in larger units: ``16.1 GB``, ``56.6 MB``."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -21,7 +21,7 @@ from zolightning.callbacks.subspace_resampling import SubspaceResampling
 from zolightning.checkpoints.keep_ledger import KeepLedger
 from zolightning.checkpoints.save_last import SaveLast
 from zolightning.memory import trained_by, weight_bytes
-from zolightning.messages import in_units
+from zolightning.messages import aligned, in_units
 from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import constructor_arguments, settings_of
@@ -64,8 +64,7 @@ class RunOverview(Callback):
         is_resumable = any(isinstance(callback, SaveLast | KeepLedger) for callback in callbacks_of(trainer))
         if self.command is not None and "folder" in lines and is_resumable:
             lines["resume"] = f"zolightning fit --config {quote(lines['folder'] + '/config.yaml')} --ckpt_path last"
-        width = max(map(len, lines))
-        rank_zero_info("\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
+        rank_zero_info(aligned(lines))
         if self.command is not None:
             lines["command"] = self.command
         self._settings = _settings(trainer, pl_module)

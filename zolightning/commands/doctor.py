@@ -22,12 +22,10 @@ from zolightning.callbacks import LearningRateProbe, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.callbacks.run_overview import overview
 from zolightning.commands.configured_trainer import ConfiguredTrainer
-from zolightning.commands.findings import Examination, Output, ParameterGroup, findings
+from zolightning.commands.findings import Examination, Output, ParameterGroup, print_report
 from zolightning.commands.output import quiet, silent_callbacks
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
-from zolightning.commands.tables import print_table
 from zolightning.evaluation.losses import LossAndTerms, loss_and_terms
-from zolightning.messages import counted, rough_duration
 from zolightning.optim import StepRecord, ZerothOrderOptimizer
 from zolightning.partners import zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
@@ -78,7 +76,7 @@ def examine(
             limit_val_batches=0,
         )
         runner.fit(model, datamodule)
-    _report(doctor.overview, doctor.examination)
+    print_report(doctor.overview, doctor.examination)
 
 
 class _Doctor(Callback):
@@ -226,58 +224,6 @@ def _in_groups(
         )
         for (group, dtype), names in members.items()
     ]
-
-
-def _report(overview: Mapping[str, str], seen: Examination) -> None:
-    width = max(map(len, overview))
-    print("\n".join(f"{name:{width}}  {value}" for name, value in overview.items()))
-    rows = [
-        {
-            "parameters": group.name,
-            "number": f"{group.numel:,}",
-            "dtype": group.dtype_name,
-            "max |w|": group.largest,
-            "eps z": _percent(group.perturbation.share),
-            "size": _percent(group.perturbation.size),
-            "lr g z": _percent(group.update.share),
-            "size ": _percent(group.update.size),
-        }
-        for group in seen.groups
-    ]
-    print_table(
-        f"What rounding leaves of a perturbation eps z (eps {seen.eps:g}) and of an update lr g z (lr {seen.lr:.2g}, "
-        f"{seen.update_precision}):\nshare of the elements that move, and size of the move relative to the intended "
-        "one\n(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
-        rows,
-    )
-    seconds, output = seen.step_seconds, seen.output.value
-    largest = f"{output:,.0f}" if output >= 1000 else f"{output:.3g}"
-    differ = "" if seen.difference is None else f"two losses of a step differ by {seen.difference:.2g}, "
-    lines = {
-        "loss": f"{seen.loss:.4f}; {differ}rounding moves each by {seen.noise:.2g}",
-        "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
-        "a step takes": f"{seconds:.2g} s; {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
-        "without validations",
-        "learning rate": _rate(seen),
-    }
-    width = max(map(len, lines))
-    print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in lines.items()))
-    found = list(findings(seen))
-    print("\n" + "\n".join(f"* {line}" for line in found or ["No problem was found."]))
-
-
-def _rate(seen: Examination) -> str:
-    if seen.measured_lr is None:
-        return f"{seen.lr:.3g}; none could be measured"
-    low, high = (seen.measured_lr * math.sqrt(factor) for factor in (0.1, 10.0))
-    return (
-        f"{seen.measured_lr:.2g} measured for {counted(seen.steps, 'step')}, try {low:.2g} to {high:.2g}, where the "
-        f"noise of the run costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss; now {seen.lr:.2g}"
-    )
-
-
-def _percent(share: float) -> str | None:
-    return None if math.isnan(share) else f"{share:.1%}"
 
 
 def _now(trainer: L.Trainer) -> float:

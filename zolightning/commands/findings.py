@@ -1,7 +1,7 @@
-"""Turns what ``doctor`` has measured into advice."""
+"""What ``doctor`` says of what it has measured: the figures, and what to change."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +9,8 @@ import torch
 
 from zolightning.callbacks import LearningRateProbe
 from zolightning.commands.rounding import Survival
-from zolightning.messages import counted, some
+from zolightning.commands.tables import print_table
+from zolightning.messages import aligned, counted, rough_duration, some
 
 _LARGEST_Z = 4.0  # the largest element of a perturbation, in standard deviations
 _ROOM = 4.0  # the factor by which numbers may grow in training
@@ -59,6 +60,43 @@ class Examination:
     measured_lr: float | None  # the learning rate that LearningRateProbe has measured; None if it found none
     cost: float  # rise of the loss by the noise of the whole run at that rate, as a share of the loss
     sets_lr: bool  # whether the run itself begins with the measured rate
+
+
+def print_report(overview: Mapping[str, str], seen: Examination) -> None:
+    """Prints the overview of a run, texts by their titles, then the measurements, then what should be changed."""
+    print(aligned(overview))
+    rows = [
+        {
+            "parameters": group.name,
+            "number": f"{group.numel:,}",
+            "dtype": group.dtype_name,
+            "max |w|": group.largest,
+            "eps z": _percent(group.perturbation.share),
+            "size": _percent(group.perturbation.size),
+            "lr g z": _percent(group.update.share),
+            "size ": _percent(group.update.size),
+        }
+        for group in seen.groups
+    ]
+    print_table(
+        f"What rounding leaves of a perturbation eps z (eps {seen.eps:g}) and of an update lr g z (lr {seen.lr:.2g}, "
+        f"{seen.update_precision}):\nshare of the elements that move, and size of the move relative to the intended "
+        "one\n(-: does not move, or is of low rank and added to outputs, so that no weight is rounded)",
+        rows,
+    )
+    seconds, output = seen.step_seconds, seen.output.value
+    largest = f"{output:,.0f}" if output >= 1000 else f"{output:.3g}"
+    differ = "" if seen.difference is None else f"two losses of a step differ by {seen.difference:.2g}, "
+    lines = {
+        "loss": f"{seen.loss:.4f}; {differ}rounding moves each by {seen.noise:.2g}",
+        "largest output": f"{largest} of {seen.output.name}; float16 ends at 65,504",
+        "a step takes": f"{seconds:.2g} s; {counted(seen.steps, 'step')} {rough_duration(seconds * seen.steps)}, "
+        "without validations",
+        "learning rate": _rate(seen),
+    }
+    print(f"\n{aligned(lines)}\n")
+    for line in list(findings(seen)) or ["No problem was found."]:
+        print(f"* {line}")
 
 
 def findings(seen: Examination) -> Iterator[str]:
@@ -135,6 +173,20 @@ def _of_the_rate(seen: Examination) -> Iterator[str]:
             f"`method.lr` {seen.lr:.2g} is {seen.measured_lr / seen.lr:,.0f} times smaller than what was measured for "
             f"{steps}, in which little will be learned. Try {seen.measured_lr:.2g}{probe}."
         )
+
+
+def _rate(seen: Examination) -> str:
+    if seen.measured_lr is None:
+        return f"{seen.lr:.3g}; none could be measured"
+    low, high = (seen.measured_lr * math.sqrt(factor) for factor in (0.1, 10.0))
+    return (
+        f"{seen.measured_lr:.2g} measured for {counted(seen.steps, 'step')}, try {low:.2g} to {high:.2g}, where the "
+        f"noise of the run costs {seen.cost / 10:.1%} to {seen.cost * 10:.0%} of the loss; now {seen.lr:.2g}"
+    )
+
+
+def _percent(share: float) -> str | None:
+    return None if math.isnan(share) else f"{share:.1%}"
 
 
 def _name(dtype: torch.dtype) -> str:
