@@ -14,7 +14,7 @@ from torch.distributed import DistNetworkError
 
 from zolightning.cli import ZerothOrderCLI
 from zolightning.commands import configs, report
-from zolightning.commands.output import hush
+from zolightning.commands.quiet import hush
 from zolightning.cublas import repeat_products
 from zolightning.malloc import keep_freed_memory
 from zolightning.strategies.ranks import leave_at_exit, lost_rank

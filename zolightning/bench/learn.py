@@ -39,7 +39,7 @@ from zolightning.bench.learn_results import read as read_curves
 from zolightning.bench.learn_run import Limits, Stopped, train
 from zolightning.bench.measure import require
 from zolightning.bench.options import Clock, Device, option
-from zolightning.commands.output import quiet
+from zolightning.commands.quiet import quiet
 from zolightning.data import PromptDataModule
 
 # One layer gains more where what lies below it is computed once a step, which leaves both out.

@@ -31,7 +31,7 @@ from zolightning.bench.shapes import SHAPES, model_of_shape
 from zolightning.bench.subject import DTYPES
 from zolightning.callbacks import ZerothOrder
 from zolightning.commands.configured_trainer import SILENT
-from zolightning.commands.output import hush, quiet
+from zolightning.commands.quiet import hush, quiet
 from zolightning.commands.tables import Record, print_table
 from zolightning.malloc import keep_freed_memory
 from zolightning.optim import MeZO

@@ -10,5 +10,5 @@ In the order of reading:
   ``sweep_layers`` (``sweep_results``).
 * After it: ``export`` (``model_card``), ``replay``, ``report`` (``report_page``, ``report_curves``); beside all runs:
   ``configs``.
-* What they share: ``output``, ``tables``, ``plots``, ``timing``.
+* What they share: ``output_folder``, ``quiet``, ``tables``, ``plots``, ``timing``.
 """

@@ -17,7 +17,7 @@ from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.resume import folder_settings
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.explanations import null_group
-from zolightning.commands.output import quiet
+from zolightning.commands.quiet import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced, refuse_training_offloaded
 from zolightning.optim import ZerothOrderOptimizer

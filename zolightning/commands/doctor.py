@@ -23,7 +23,7 @@ from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.callbacks.run_overview import overview
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.findings import Examination, Output, ParameterGroup, print_report
-from zolightning.commands.output import quiet, silent_callbacks
+from zolightning.commands.quiet import quiet, silent_callbacks
 from zolightning.commands.rounding import Survival, loss_noise, perturbation_survival, spacing, update_survival
 from zolightning.evaluation.losses import LossAndTerms, loss_and_terms
 from zolightning.optim import StepRecord, ZerothOrderOptimizer

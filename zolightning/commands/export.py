@@ -9,7 +9,7 @@ import lightning as L
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.model_card import write_card
-from zolightning.commands.output import require_new_folder
+from zolightning.commands.output_folder import require_new_folder
 from zolightning.models.loading import refuse_other_weights
 from zolightning.network.adapters import merge_adapter
 from zolightning.network.quantization import refuse_quantized

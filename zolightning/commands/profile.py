@@ -14,7 +14,7 @@ from tqdm import tqdm
 from zolightning.callbacks.linear_probing import CS, TOLERANCE, require_few_classes, require_probed
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.metrics_files import as_json
-from zolightning.commands.output import output_folder, quiet
+from zolightning.commands.output_folder import output_folder
 from zolightning.commands.plots import (
     activation_figure,
     probe_figure,
@@ -22,6 +22,7 @@ from zolightning.commands.plots import (
     sensitivity_figure,
     step_time_figure,
 )
+from zolightning.commands.quiet import quiet
 from zolightning.commands.sensitivity import Sensitivity, scan_sensitivity
 from zolightning.commands.tables import print_table
 from zolightning.commands.time_model import StepTimes, growing_parts, measure_step_times

@@ -12,7 +12,8 @@ from zolightning.callbacks import ZerothOrder
 from zolightning.checkpoints.follow import follow as follow_ledger
 from zolightning.checkpoints.replay import replay
 from zolightning.commands.configured_trainer import SILENT, ConfiguredTrainer
-from zolightning.commands.output import quiet, require_new_folder
+from zolightning.commands.output_folder import require_new_folder
+from zolightning.commands.quiet import quiet
 from zolightning.messages import counted
 from zolightning.partners import find_callbacks
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
 from zolightning.commands.configured_trainer import SILENT, ConfiguredTrainer
-from zolightning.commands.output import output_folder, quiet, silent_callbacks
+from zolightning.commands.output_folder import output_folder
 from zolightning.commands.plots import save_figure, sweep_figure
+from zolightning.commands.quiet import quiet, silent_callbacks
 from zolightning.commands.slots import SLOTS
 from zolightning.commands.sweep_results import ZERO_SHOT, SweepResults, SweepRow
 from zolightning.commands.tables import print_table
