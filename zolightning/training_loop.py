@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -86,6 +87,16 @@ def after_restoring(trainer: L.Trainer, call: Callable[[], None]) -> None:
         set_up(trainer)
 
     vars(strategy)["setup"] = call_and_set_up
+
+
+def is_in_trial(trainer: L.Trainer, callback: L.Callback) -> bool:
+    """Whether a finder of learning rates or batch sizes runs the loop, having set a Trainer's callbacks aside."""
+    return callback not in trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
+
+
+def ends_trial(trainer: L.Trainer) -> bool:
+    """Whether the checkpoint that is being loaded is the one in which a finder kept what its trial would change."""
+    return Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def is_between_steps(trainer: L.Trainer, step_before_batch: int) -> bool:

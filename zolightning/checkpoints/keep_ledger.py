@@ -24,7 +24,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run, zeroth_order_optimizer
-from zolightning.training_loop import is_in_batch
+from zolightning.training_loop import ends_trial, is_in_batch
 from zolightning.weights_digest import weights_digest
 
 _KEY = "zolightning.KeepLedger"
@@ -97,8 +97,9 @@ class KeepLedger(Callback):
             require_writable("dirpath", self._folder)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get(_KEY, {})
-        self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
+        if not ends_trial(trainer):
+            self._saved = checkpoint.get(_KEY, {})
+            self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._optimizer = optimizer = zeroth_order_optimizer(trainer, type(self).__name__)

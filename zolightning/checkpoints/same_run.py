@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.partners import find_callbacks
+from zolightning.partners import callbacks_of, find_callbacks
 
 
 def describe(trainer: L.Trainer) -> dict[str, Any]:
@@ -47,3 +47,22 @@ def stop_if_ended(trainer: L.Trainer) -> None:
     if any(reason != EarlyStoppingReason.NOT_STOPPED for reason in stops):
         trainer.should_stop = True
         rank_zero_info("EarlyStopping has ended this run. To train it further, resume it without that callback.")
+
+
+def leave_out_finders(trainer: L.Trainer) -> None:
+    """Leaves LearningRateFinder out of a resumed run, whose checkpoint has the rate; refuses BatchSizeFinder.
+
+    After a trial, Lightning would have forgotten the checkpoint's steps and optimizer, and begin with the first step.
+
+    Raises:
+        MisconfigurationException: if there is a BatchSizeFinder, because no checkpoint has what it found.
+    """
+    if find_callbacks(trainer, BatchSizeFinder):
+        raise MisconfigurationException(
+            "`trainer.callbacks` has a BatchSizeFinder, but the run resumes with the batch size that it had. Give the "
+            "data the one that was found, and leave the callback out."
+        )
+    if find_callbacks(trainer, LearningRateFinder):
+        others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, LearningRateFinder)]
+        trainer.callbacks = others  # type: ignore[attr-defined]  # as in `callbacks_of`
+        rank_zero_info("LearningRateFinder is left out: the run goes on with the learning rate of its checkpoint.")

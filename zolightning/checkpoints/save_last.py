@@ -3,6 +3,7 @@
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
@@ -22,7 +23,13 @@ from zolightning.checkpoints.keep_ledger import KeepLedger, ledger_of_run
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.run_logs import log_once
-from zolightning.checkpoints.same_run import describe, refuse_other_method, refuse_other_precision, stop_if_ended
+from zolightning.checkpoints.same_run import (
+    describe,
+    leave_out_finders,
+    refuse_other_method,
+    refuse_other_precision,
+    stop_if_ended,
+)
 from zolightning.checkpoints.stop_signal import StopSignal, exit_status
 from zolightning.checkpoints.unfinished_batch import UnfinishedBatch
 from zolightning.evaluation.replaced import followed, replaced
@@ -30,8 +37,10 @@ from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
 from zolightning.strategies.ranks import largest_of_ranks, of_all_ranks
 from zolightning.training_loop import (
+    ends_trial,
     is_accumulating,
     is_at_end_of_batch,
+    is_in_trial,
     is_validation_next,
     may_exchange_weights,
     requeue_signal,
@@ -122,16 +131,20 @@ class SaveLast(ModelCheckpoint):
         loop: Any = trainer.fit_loop
         self._batch = UnfinishedBatch(self._first.metrics)
         self._restore.close()
+        for owner, name, after in (
+            # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
+            # teacher's average) would be missing after a resume, because they would not run.
+            (pl_module, "on_train_start", self._training_starts),
+            (pl_module, "on_train_batch_end", self._batch_ends),
+            (pl_module, "on_validation_end", self._validation_ends),
+            (loop, "run", self._loop_ends),
+        ):
+            method = followed(getattr(owner, name), self._unless_trial, trainer, after)
+            self._restore.enter_context(replaced(owner, name, method))
         for owner, name, method in (
             # Weights of a subspace method are folded one by one, as a checkpoint is written.
             (strategy, "lightning_module_state_dict", deferring()(strategy.lightning_module_state_dict)),
-            # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
-            # teacher's average) would be missing after a resume, because they would not run.
-            (pl_module, "on_train_start", followed(pl_module.on_train_start, self._training_starts, trainer)),
-            (pl_module, "on_train_batch_end", followed(pl_module.on_train_batch_end, self._batch_ends, trainer)),
-            (pl_module, "on_validation_end", followed(pl_module.on_validation_end, self._validation_ends, trainer)),
             (loop.epoch_loop, "advance", self._batch.remembering(trainer, loop.epoch_loop.advance)),
-            (loop, "run", followed(loop.run, self._loop_ends, trainer)),
         ):
             self._restore.enter_context(replaced(owner, name, method))
         if not is_dry_run(trainer) and trainer.is_global_zero and "://" not in str(self.dirpath):
@@ -155,6 +168,11 @@ class SaveLast(ModelCheckpoint):
                     'in the same folder: `ckpt_path="last"` would pick one of two files, maybe the older one. Leave '
                     "`save_last` out."
                 )
+
+    def _unless_trial(self, trainer: L.Trainer, act: Callable[[L.Trainer], None]) -> None:
+        """Acts on a step, unless it is one of a finder's, which will be taken back."""
+        if not is_in_trial(trainer, self):
+            act(trainer)
 
     # When it saves
 
@@ -303,10 +321,11 @@ class SaveLast(ModelCheckpoint):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and not ends_trial(trainer):
             self._resumed = checkpoint.get(_KEY, {})
             refuse_other_precision(trainer, self._resumed)
             find_files_again(trainer, checkpoint)
+            leave_out_finders(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.check(trainer)
