@@ -3,7 +3,7 @@
 import inspect
 import re
 from ast import literal_eval
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
@@ -28,7 +28,7 @@ _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _OTHER_COMMANDS = ("configs", "report")  # whose parsers are their own
 
 
-def explain(message: str, options: Iterable[str], commands: Iterable[str] = ()) -> str:
+def explain(message: str, options: Sequence[str], commands: Iterable[str] = ()) -> str:
     """Shortens an error message of jsonargparse, which may have 30 lines, to one line.
 
     Args:
@@ -37,36 +37,81 @@ def explain(message: str, options: Iterable[str], commands: Iterable[str] = ()) 
         commands: the commands there are, likewise.
     """
     field, inner = _field(message), _innermost(message)
+    return (
+        _wrong_command(message, [*commands, *_OTHER_COMMANDS])
+        or _wrong_group(message)
+        or _misplaced_setting(field, inner)
+        or _unknown_setting(message, field, options)
+        or _missing_setting(message, field)
+        or _wrong_class(message, field, inner)
+        or _wrong_value(message, field, inner)
+        or " ".join(message.split())
+    )
+
+
+def _wrong_command(message: str, names: list[str]) -> str | None:
+    """A command that does not exist, or none; or ``--method.help`` of what is no class."""
     if found := re.match(
         r'argument subcommand: invalid choice: \'(.*)\' \(|expected "subcommand" to be one of', message
     ):
-        names = [*commands, *_OTHER_COMMANDS]
         wrong = (
             f"{found[1]!r} is not a command{_hint(_closest(found[1], names))}" if found[1] else "no command is given"
         )
         return f"{wrong}; accepted: {', '.join(names)}."
     if found := re.match(r"--(\S+)\.help: (?:.*: |\")([^\s\"]+)", message):
         return f"`{found[1]}.help` is {found[2]!r}, which is not a class that `{found[1]}` takes."
-    if found := re.match(r"Parser key \"([^\"]+)\":\s+Unable to load config '([^']*)'", message):
-        group, given = found.groups()
-        if given == "null":
-            return null_group(group)
-        return f"`{group}` is {given!r}, which is not a file; accepted: a YAML file with settings, or `--{group}.NAME`."
-    if beside := _beside_class_path(inner):
-        return f"`{field}` has `{beside}` next to `class_path`: settings of a class go under `init_args`."
+    return None
+
+
+def _wrong_group(message: str) -> str | None:
+    """A value for a group of settings, such as ``--trainer 1``."""
+    found = re.match(r"Parser key \"([^\"]+)\":\s+Unable to load config '([^']*)'", message)
+    if found is None:
+        return None
+    group, given = found.groups()
+    if given == "null":
+        return null_group(group)
+    return f"`{group}` is {given!r}, which is not a file; accepted: a YAML file with settings, or `--{group}.NAME`."
+
+
+def _misplaced_setting(field: str, inner: str) -> str | None:
+    """A setting of a class beside its ``class_path``, a level too high."""
+    for given in re.findall(r"(?:but got|Given value:) (\{.*?\})(?:\. Got value|\n|$)", inner):
+        try:
+            keys = list(literal_eval(given))
+        except (ValueError, SyntaxError):  # of objects that are made already
+            continue
+        if "class_path" in keys and (others := [key for key in keys if key not in _OF_A_CLASS]):
+            return f"`{field}` has `{others[0]}` next to `class_path`: settings of a class go under `init_args`."
+    return None
+
+
+def _unknown_setting(message: str, field: str, options: Sequence[str]) -> str | None:
+    """A setting that a class or a command does not have."""
+    names = [option.removeprefix("--") for option in options]
     if not field and (found := re.match(r"Option '([^']+)' is not accepted", message)):
-        return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
+        return _unknown(found[1], found[1], "", names)
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         where = _class_at(message, found)
         return _unknown(f"{field}.{found[1]}", found[1], where, _arguments_of(where))
     if found := re.search(r"Subcommand '[\w-]+' does not accept option '([^']+)'", message):
-        return _unknown(found[1], found[1], "", [option.removeprefix("--") for option in options])
+        return _unknown(found[1], found[1], "", names)
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
         return _unknown(found[1], found[1], "", options)
+    return None
+
+
+def _missing_setting(message: str, field: str) -> str | None:
+    """A setting that a class or a command needs."""
     if found := re.search(r"arguments are required: (.+)", message):
         names = [f"`{field}.{name}`" if field else f"`{name.partition('.')[2]}`" for name in found[1].split(", ")]
         of = f" for {_short(_class_at(message, found))}" if field else ""
         return f"{', '.join(names)} must be given{of}."
+    return None
+
+
+def _wrong_class(message: str, field: str, inner: str) -> str | None:
+    """A class or a function that does not exist, cannot be imported, or is of another kind."""
     if broken := _broken_import(inner):
         return f"`{field}` is {broken}."
     if "Dict must include a class_path" in message or "Given value: NestedArg(" in inner:
@@ -86,15 +131,20 @@ def explain(message: str, options: Iterable[str], commands: Iterable[str] = ()) 
     found = re.search(r"Expected (?:an import path or a subclass spec, but got|a dot import path string:) (.*)", inner)
     if found and _bases(inner):
         return f"`{field}` is {found[1]!r}, which is not a class of that kind{_accepted_classes(inner)}."
+    return None
+
+
+def _wrong_value(message: str, field: str, inner: str) -> str | None:
+    """A value of another type, or none of the accepted ones."""
     if found := re.search(r"argument (?:-c/)?(\S+): (.*)", message):
         return f"`{found[1]}`: {found[2]}."
     expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^]]*\]|tuple with \d+)", inner)
     given = re.findall(r"(?:Got value|Given value): ([^\n]*?)(?:\. Got value|\n|$)", inner)
-    if field and expected and given:
-        choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
-        accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
-        return f"`{field}` is {given[0]!r}{_hint(_closest(given[0], choices))}; accepted: {accepted}."
-    return " ".join(message.split())
+    if not (field and expected and given):
+        return None
+    choices = re.findall(r"'([^']*)'", " ".join(type_ for type_ in expected if "Literal" in type_))
+    accepted = " or ".join(dict.fromkeys(_described(type_) for type_ in expected))
+    return f"`{field}` is {given[0]!r}{_hint(_closest(given[0], choices))}; accepted: {accepted}."
 
 
 def null_group(name: str) -> str:
@@ -120,18 +170,6 @@ def _innermost(message: str) -> str:
     first, *rest = message[start:].split("\n")
     kept = takewhile(lambda line: not line.strip() or len(line) - len(line.lstrip()) > indent, rest)
     return "\n".join([first, *kept])
-
-
-def _beside_class_path(message: str) -> str | None:
-    """The first setting of a class that was given beside its ``class_path``, a level too high."""
-    for given in re.findall(r"(?:but got|Given value:) (\{.*?\})(?:\. Got value|\n|$)", message):
-        try:
-            keys = list(literal_eval(given))
-        except (ValueError, SyntaxError):  # of objects that are made already
-            continue
-        if "class_path" in keys and (others := [key for key in keys if key not in _OF_A_CLASS]):
-            return str(others[0])
-    return None
 
 
 def _broken_import(message: str) -> str | None:
