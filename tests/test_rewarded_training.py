@@ -83,22 +83,17 @@ def test_the_loss_is_minus_the_mean_reward_of_what_moved_weights_write(
     assert "train/reward" in trainer.logged_metrics
 
 
-def test_failed_rewards_are_logged_and_counted_on(
-    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer], tmp_path: Path
+def test_failed_rewards_of_a_step_are_logged(
+    rewarded: tuple[Path, PromptDataModule], make_trainer: Callable[..., L.Trainer]
 ) -> None:
+    """Of its first evaluation, so that a resumed run has the same curve."""
     folder, data = rewarded
     module = CausalLM(str(folder), reward=InProcesses(fails, processes=1))
     trainer = make_trainer(max_steps=2, limit_val_batches=0, callbacks=[ZerothOrder(partial(MeZO, lr=0.1))])
     with pytest.warns(UserWarning, match="A reward failed and counts as 0: KeyError: 'a reason'"):
         trainer.fit(module, data)
-    failures = module.reward.failures["KeyError"]
-    assert trainer.logged_metrics["train/failed_rewards"] == failures - 3 > 3
-
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    module = CausalLM(str(folder), reward=InProcesses(fails, processes=1))
-    trainer = make_trainer(max_steps=3, limit_val_batches=0, callbacks=[ZerothOrder(partial(MeZO, lr=0.1))])
-    trainer.fit(module, data, ckpt_path=tmp_path / "run.ckpt", weights_only=True)
-    assert trainer.logged_metrics["train/failed_rewards"] > failures
+    assert trainer.logged_metrics["train/failed_rewards"] == 3
+    assert module.reward.failures["KeyError"] > 2 * 2 * 3
 
 
 @pytest.mark.filterwarnings("error:.*evaluations_per_forward")

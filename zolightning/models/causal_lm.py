@@ -89,16 +89,6 @@ class CausalLM(LanguageModel):
             )
         super().setup(stage)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if failures := getattr(self.reward, "failures", None):
-            checkpoint["failed_rewards"] = dict(failures)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if (failures := getattr(self.reward, "failures", None)) is not None:
-            failures.update(checkpoint.get("failed_rewards", {}))
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the mean loss and, as `num_terms`, how many terms it is the mean of."""
         if self.reward is not None and self._generation is not None:
@@ -155,12 +145,13 @@ class CausalLM(LanguageModel):
 
     def _rewarded(self, batch: Batch, reward: Reward, generation: Generation) -> dict[str, Tensor]:
         """The loss is minus the mean reward of the texts that the model writes, which has no gradient."""
+        failures: dict[str, int] = getattr(reward, "failures", {})
+        before = sum(failures.values())
         rewards = rewards_of(reward, self.generate(batch, generation), batch["references"])
         values = torch.tensor(rewards, dtype=torch.float32, device=self.device)
         self.log("train/reward", values.mean(), on_step=True, prog_bar=True, sync_dist=True)
-        if (failures := getattr(reward, "failures", None)) is not None:  # in all evaluations of the run so far
-            self.log(
-                "train/failed_rewards", float(sum(failures.values())), on_step=True, reduce_fx="sum", sync_dist=True
-            )
+        if hasattr(reward, "failures"):  # of this evaluation: a resumed run does not know how many there were before it
+            failed = float(sum(failures.values()) - before)
+            self.log("train/failed_rewards", failed, on_step=True, reduce_fx="sum", sync_dist=True)
         count = torch.full_like(values[0], len(rewards))
         return {"loss": -values.mean(), "num_terms": count}
