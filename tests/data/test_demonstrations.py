@@ -3,6 +3,7 @@ calibrated by: token by token."""
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ def test_all_training_rows_may_be_shown_in_a_test(
         ValueError, match=r"`data.num_demonstrations` \d leaves nothing of the \d training rows to train"
     ):
         texts(SENTIMENT, ROWS, tokenizer, **settings)
+
+
+def test_a_file_of_fewer_rows_than_demonstrations(
+    write_rows: Callable[..., Path], make_trainer: Callable[..., L.Trainer], spectator: L.LightningModule
+) -> None:
+    data = partial(PromptDataModule, SENTIMENT, str(write_rows(train=ROWS, validation=ROWS, test=ROWS)))
+    with pytest.raises(ValueError, match=r"demonstrations` 4 leaves nothing of the 4 training rows to .*are no more"):
+        make_trainer(max_steps=1).fit(spectator, data(num_demonstrations=4))
+    for per_row in (False, True):
+        with pytest.raises(ValueError, match=r"`data\.num_demonstrations` is 5, but only 4 training rows are there"):
+            make_trainer().test(spectator, data(num_demonstrations=5, demonstrations_per_row=per_row), verbose=False)
 
 
 @pytest.mark.parametrize("per_row", [False, True])

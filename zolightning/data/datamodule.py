@@ -113,15 +113,20 @@ class PromptDataModule(TaskDataModule):
     def check_training(self) -> None:
         """Raises ValueError where all training rows are shown as demonstrations, as they may be for a test."""
         if self.num_demonstrations == self._num_sampled:
-            raise ValueError(
-                f"`data.num_demonstrations` {self.num_demonstrations} leaves nothing of the {self._num_sampled} "
-                "training rows to train on: raise `data.num_train`, or `data.examples_per_class`."
-            )
+            raise self._nothing_left("raise `data.num_train`, or `data.examples_per_class`")
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
             self.check_training()
         super().setup(stage)
+        if stage == "fit" and not self._examples["train"]:
+            raise self._nothing_left("there are no more")
+
+    def _nothing_left(self, why: str) -> ValueError:
+        number = self.num_demonstrations
+        return ValueError(
+            f"`data.num_demonstrations` {number} leaves nothing of the {number} training rows to train on: {why}."
+        )
 
     @property
     def generation(self) -> Generation | None:

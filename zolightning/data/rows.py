@@ -130,6 +130,10 @@ class Rows:
         self._warn_of_blanks(chosen.split, rows)
         if not self.num_demonstrations:
             return rows
+        there = len(train.split if self.demonstrations_per_row else train.indices)
+        if there < self.num_demonstrations:
+            rows_are = counted(there, "training row is", "training rows are")
+            raise ValueError(f"`data.num_demonstrations` is {self.num_demonstrations}, but only {rows_are} there.")
         if not self.demonstrations_per_row:
             shown = [self._row(train.split, index) for index in train.indices[: self.num_demonstrations]]
             return [row.after(shown) for row in rows]
