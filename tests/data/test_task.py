@@ -7,6 +7,7 @@ import pytest
 
 from zolightning.data.classification import Classification
 from zolightning.data.task_files import load_task
+from zolightning.data.templates import MASK
 
 GOOD = """
 name: weather
@@ -143,6 +144,11 @@ def test_a_wrong_file_is_refused_by_file_and_key(tmp_path: Path, text: str, mess
 def test_the_prompt_loses_its_outer_spaces_to_the_answers() -> None:
     task = Classification(name="t", prompt="  {{ text }}\nMood: ", answers=("good", "bad "), labels=(1, 0))
     assert task.render({"text": "Hi.", "label": 0}) == ("Hi.\nMood:", [" good", " bad"])
+
+
+def test_where_a_mask_stands_for_the_answer_only_a_space_before_it_is_the_answers() -> None:
+    task = Classification(name="t", prompt="{{ a }}? {{ mask }}, {{ b }}", answers=("Yes", "No"), labels=(1, 0))
+    assert task.render({"a": "Hi", "b": "it rained ", "label": 0}) == (f"Hi?{MASK}, it rained", [" Yes", " No"])
 
 
 def test_newlines_around_the_prompt_stay() -> None:

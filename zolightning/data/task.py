@@ -141,7 +141,7 @@ class PromptTask(Task):
 
     The prompt loses its outer spaces, as in MeZO (Malladi et al., 2023, arXiv:2305.17333, appendix E); a
     space it ends with goes to the front of each answer, so that prompt and answer together read as they were
-    written. So does a space before a mask, where the answer stands for masked language models.
+    written. If the prompt has a mask, where the answer stands for masked language models, the space before that does.
 
     Args:
         prompt: Jinja2 template over the fields of a row; `{{ mask }}` and `{{ sep }}` in it are the model's mask and
@@ -170,5 +170,5 @@ class PromptTask(Task):
         answers = self.answers_to(row, values)
         if f" {MASK}" in prompt:
             prompt, answers = prompt.replace(f" {MASK}", MASK), [f" {answer.lstrip(' ')}" for answer in answers]
-        space = prompt[len(prompt.rstrip(" ")) :]
+        space = "" if MASK in prompt else prompt[len(prompt.rstrip(" ")) :]
         return prompt.strip(" "), [(space + answer).rstrip(" ") for answer in answers]
