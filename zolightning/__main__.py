@@ -20,6 +20,7 @@ from zolightning.malloc import keep_freed_memory
 from zolightning.strategies.ranks import leave_at_exit, lost_rank
 
 _INTERRUPTED = 128 + signal.SIGINT
+_NO_PACKAGE = re.compile(r"class_path '[\w.]*?(\w+)':\s+((?:Requirement '|No module named '|Install \w+ to ).*)")
 
 
 def main(args: ArgsType = None) -> None:
@@ -85,8 +86,10 @@ def _advice(error: BaseException) -> str | None:
             return str(cause)
         if "not validate against any of the Union" in str(cause) and (found := re.search(r"\n *- (`.*)", str(cause))):
             return found[1]  # by a constructor, among what is wrong with other types
-        if found := re.search(r"class_path '[\w.]*?(\w+)':\s+((?:Requirement|No module named) '.*)", str(cause)):
+        if found := _NO_PACKAGE.search(str(cause)):
             return f"{found[1]} needs a package that is not installed: {found[2]}"
+        if str(cause).startswith(" `val_check_interval` ("):  # Lightning's, of an interval longer than the epoch
+            return str(cause).strip()
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))
             what = f", {found[1]}," if found else ""

@@ -70,6 +70,10 @@ _DESCRIPTIONS = {
 # The config.yaml of a run has these, whatever command reads it.
 _NOT_READ: dict[str, Any] = {"ckpt_path": str | None, "weights_only": bool | None}
 _NO_GPU = "`trainer.accelerator` is 'gpu', but torch finds none here: use 'cpu' or 'auto'."
+_NO_SPAWN = (
+    "`trainer.strategy` starts its processes by 'spawn', by which the objects of a command cannot be sent to them. Use "
+    "'zo_ddp' or 'ddp', which start the command once for each process."
+)
 _PARSER_KWARGS: dict[str, Any] = {
     "prog": "zolightning",
     "usage": "zolightning COMMAND [--config FILE ...] [--OPTION VALUE ...]",
@@ -224,12 +228,15 @@ class ZerothOrderCLI(LightningCLI):
             made.trainer.callbacks.append(MetricsFiles(self.subcommand, command, made.ckpt_path))
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-            # Lightning's, about an unknown strategy, accelerator or devices, or a callback that is given twice
+        except (ImportError, TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+            # Lightning's, about an unknown strategy, accelerator or devices, the package that one of them needs, or a
+            # callback that is given twice
             is_no_gpu = "No supported gpu backend" in str(error)
             raise MisconfigurationException(_NO_GPU if is_no_gpu else str(error)) from error
         trainer.run_config = self._plain_config()
         refuse_two_scopes(trainer)
+        if getattr(trainer.strategy, "_start_method", None) in ("spawn", "forkserver"):
+            raise MisconfigurationException(_NO_SPAWN)
         if self.subcommand == "fit" and is_zeroth_order:
             refuse_unsupported(trainer)
         return trainer

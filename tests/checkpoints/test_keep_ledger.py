@@ -271,6 +271,9 @@ def test_it_needs_a_method_and_a_folder(
     run.keep.dirpath = tmp_path / "file/folder"
     with pytest.raises(ValueError, match=r"`dirpath` is .*, where no file can be written"):
         run.fit()
+    run.keep.dirpath = "memory://run"
+    with pytest.raises(ValueError, match=r"`dirpath` of KeepLedger is memory://run, but a ledger is a file on this"):
+        run.fit()
 
 
 def test_it_is_on_the_disk_before_a_checkpoint_is(

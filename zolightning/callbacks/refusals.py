@@ -92,8 +92,9 @@ def refuse_strategy(strategy: Any) -> None:
 
 def refuse_precision(precision: Any) -> None:
     """Refuses a precision that scales gradients or replaces layers, given as a plugin or by the Trainer's name."""
-    names = [] if isinstance(precision, str | int) else class_names(precision)
-    value = str(precision) if isinstance(precision, str | int) else precision.precision
+    is_name = isinstance(precision, str | int)
+    value = str(precision) if is_name else precision.precision
+    names = [value.replace("-", "")] if is_name else class_names(precision)
     if value in ("16", "16-mixed"):
         raise MisconfigurationException(
             f"`trainer.precision` is '{value}', which scales gradients, but zeroth-order training has none. "

@@ -61,7 +61,7 @@ class KeepLedger(Callback):
         path: path of the last fit's ledger; None if there is none, as on all ranks but the first.
 
     Raises:
-        ValueError: in ``setup``, if `dirpath` cannot be written to.
+        ValueError: in ``setup``, if `dirpath` cannot be written to, or is not local.
         MisconfigurationException: when training starts, if there is no zeroth-order method, or the ledger of `go_on`
             belongs to a run with a different model or settings; naming them.
         BlockingIOError: when training starts, if another process writes the ledger.
@@ -92,7 +92,13 @@ class KeepLedger(Callback):
             return
         self._saved = self.path = self._pending = None
         # `log_dir` is a broadcast: on every rank.
-        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
+        if "://" in str(folder):
+            raise ValueError(
+                f"`dirpath` of KeepLedger is {folder}, but a ledger is a file on this machine, to which each step is "
+                "appended. Name a local folder, or leave the callback out."
+            )
+        self._folder = Path(folder)
         if trainer.is_global_zero and not is_dry_run(trainer):
             require_writable("dirpath", self._folder)
 

@@ -104,6 +104,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             f"`model.quantization` is {quantization!r}, which freezes weights, but no `scope` says what else trains. "
             "Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave `quantization` out."
         )
+    if subcommand == "fit" and config.keep_ledger and config.method is not None:
+        _refuse_remote_ledger(config)
     for path in _folders(config):
         require_writable(*path)
     if subcommand == "predict":
@@ -225,6 +227,17 @@ def _validated_once(
     with quiet(), isolate_rng():
         runner = trainer.without_traces(callbacks=[], limit_val_batches=1)
         return {name for metrics in runner.validate(model, datamodule, verbose=False) for name in metrics}
+
+
+def _refuse_remote_ledger(config: Namespace) -> None:
+    root = str(config.trainer.default_root_dir)
+    folder = str((folder_settings(config.trainer.logger) or {}).get("save_dir") or root)
+    if "://" in folder:
+        name = "trainer.default_root_dir" if folder == root else "trainer.logger.save_dir"
+        raise ValueError(
+            f"`{name}` is {folder}, but a ledger is a file on this machine, to which each step is appended. Name a "
+            "local folder, or set `keep_ledger` to false."
+        )
 
 
 def _folders(config: Namespace) -> Iterable[tuple[str, Path]]:
