@@ -265,6 +265,7 @@ def test_unit_tests() -> None:
         "while True: print('x' * 1000)": 0,
         "x = 'x' * 10**11": 0,
         "```\ndef double(x): return 2 * x\n```": 1,
+        "So: ``` Python3 title=a\ndef double(x): return 2 * x\n```\nIt works.": 1,
         "```py\nimport os\nassert 'PATH' not in os.environ\ndef double(x): return 2 * x": 1,
         "open('large', 'wb').write(bytes(2**21))": 0,
         "import os; os.write(2, b'no text: \\xff'); os._exit(3)": 0,

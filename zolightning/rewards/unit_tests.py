@@ -15,7 +15,7 @@ from pathlib import Path
 
 from zolightning.rank_zero import rank_zero_warn
 
-_BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _RUN = """\
 try:
     import resource
