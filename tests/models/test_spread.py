@@ -15,7 +15,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import KeepLedger, LinearProbing, SubspaceResampling, ZerothOrder
+from zolightning.callbacks.run_memory import memory_plan
 from zolightning.data import PromptDataModule
+from zolightning.memory import trained_by
 from zolightning.models import CausalLM
 from zolightning.models.spread import keep_in_place, refuse_misplaced
 from zolightning.optim import LOZO, MeZO
@@ -89,7 +91,7 @@ def test_a_strategy_changes_dtypes_and_no_places(folder: str) -> None:
 def test_layers_train_above_weights_on_the_disk(
     folder: str, data: PromptDataModule, make_trainer: Any, tmp_path: Path, part: Any
 ) -> None:
-    trained = []
+    trained, plans = [], []
     for name, device_map in (("plain", None), ("spread", ON_DISK)):
         L.seed_everything(5, verbose=False)
         module = CausalLM(folder, device_map=device_map, save_frozen=False)
@@ -99,6 +101,11 @@ def test_layers_train_above_weights_on_the_disk(
         trainer.fit(module, datamodule=copy.deepcopy(data))
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
         trained.append(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"])
+        (optimizer,) = trainer.optimizers
+        plans.append(memory_plan(trainer, module, optimizer, trained_by(optimizer)))
+    offloaded = [weight.nbytes for weight in CausalLM(folder).model.model.layers[1].parameters()]
+    changes = [getattr(plans[1], name) - getattr(plans[0], name) for name in ("weights", "host", "scratch", "state")]
+    assert changes == [-sum(offloaded), sum(offloaded), max(offloaded), 0]
     plain, spread = trained
     assert plain.keys() == spread.keys() and all(".layers.0." in name for name in plain)
     assert all(torch.equal(spread[name], weight) for name, weight in plain.items())
