@@ -154,11 +154,13 @@ def test_directions_that_are_kept_for_the_next_refresh(
 ) -> None:
     monkeypatch.setattr("zolightning.memory.in_units", str)
     caplog.set_level("INFO")
-    for decay in (0.0, 0.5):
-        bases = ActivationBases(examples="batch", refresh=True, decay=decay)
+    for decay, skip in ((0.0, 0), (0.5, 0), (0.5, 1)):
+        bases = ActivationBases(examples="batch", refresh=True, decay=decay, skip=skip)
         fit(ZerothOrder(partial(LOZO, lr=1e-3, rank=1)), SubspaceResampling(bases=bases))
-    without, with_them = map(int, re.findall(r", state (\d+), ", caplog.text))
-    assert with_them - without == 4 * (4 + 2)  # a direction of four inputs, its eigenvalue and the energy
+    without, one, two = map(int, re.findall(r", state (\d+), ", caplog.text))
+    assert without == 4 * (4 + 5)  # the factor and the core of a matrix of five rows and four columns
+    assert one - without == 4 * (4 + 2)  # a direction of four inputs, its eigenvalue and the energy
+    assert two - one == 4 * (4 + 1)
 
 
 def test_the_run_is_the_same_without_it(
