@@ -10,14 +10,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import num_trained, weights, zeroth_order
 from zolightning import CausalLM
 from zolightning.callbacks import DominantLayer, TrainLayers
 from zolightning.layers import find_layers, mlp_of
 from zolightning.models import answer_log_probs
-from zolightning.network.adapters import adapter_settings, remove_adapter
+from zolightning.network.adapters import adapter_settings, add_adapter, lora_settings, remove_adapter
 from zolightning.scopes.calibration import calibration_forward
 from zolightning.scopes.massive_direction import MassiveDirection
 from zolightning.scopes.parts import LoRA
@@ -116,6 +116,16 @@ def test_models_without_adapters(
     module.network.config.model_type = "unheard-of"
     with pytest.raises(ValueError, match="`target_modules` has no default for unheard-of in layer 1"):
         make_trainer(max_steps=1, callbacks=[TrainLayers([1], LoRA()), zeroth_order()]).fit(module, make_loader())
+
+
+def test_experts_are_not_adapted_in_place_of_a_linear_map() -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 2}
+    config = AutoConfig.for_model("qwen3_moe", **sizes, num_key_value_heads=1, head_dim=4, mlp_only_layers=[0])
+    for attribute in ("intermediate_size", "moe_intermediate_size"):
+        setattr(config, attribute, 8)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"PEFT adapts down_proj of all experts of a Qwen3MoeForCausalLM"):
+        add_adapter(model, lora_settings(2, 4.0, ["model.layers.0.mlp.down_proj"]))
 
 
 def test_a_second_fit_goes_on_with_the_same_adapter_and_refuses_another(

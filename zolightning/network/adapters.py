@@ -204,12 +204,21 @@ def _task_type(model: "PreTrainedModel") -> str | None:
 
 
 def inject_lora(model: "PreTrainedModel", config: Any) -> None:
-    """Adds LoRA adapters with PEFT, without changing ``requires_grad`` of other parameters or torch's generators."""
+    """Adds LoRA adapters with PEFT, without changing ``requires_grad`` of other parameters or torch's generators.
+
+    Raises:
+        ValueError: if PEFT refuses the targets, or would adapt fused experts in their place.
+    """
     from peft import inject_adapter_in_model
 
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         inject_adapter_in_model(config, model, ADAPTER)
+    if config.target_parameters:  # PEFT takes names such as `down_proj` for those that experts once had, in any layer
+        raise ValueError(
+            f"PEFT adapts {some(sorted(config.target_parameters))} of all experts of a {type(model).__name__} in place "
+            "of linear maps with the names that experts had, which is not supported: name others, such as attention's."
+        )
     for parameter, requires_grad in trainable.items():
         parameter.requires_grad_(requires_grad)
