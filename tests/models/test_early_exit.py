@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma4TextConfig, PreTrainedModel, T5Config
 
 from masked_models import write_tiny
 from zolightning import CausalLM
@@ -111,6 +111,11 @@ def test_what_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
     config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
     with pytest.raises(ValueError, match="`num_layers` is 1, but T5ForConditionalGeneration has an encoder and a deco"):
         keep_first_layers(AutoModelForSeq2SeqLM.from_config(config), 1)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1}
+    tables = {"head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 9, "hidden_size_per_layer_input": 0}
+    config = Gemma4TextConfig(vocab_size=9, num_key_value_heads=1, **sizes, **tables)  # its last layer has no window
+    with pytest.raises(ValueError, match="`num_layers` is 2, but the first layers of a Gemma4ForCausalLM are no netwo"):
+        keep_first_layers(AutoModelForCausalLM.from_config(config), 2)
     module = CausalLM(str(tiny_folder), num_layers=1)
     add_adapter(module.model, lora_settings(2, 4.0, ["model.layers.0.self_attn.q_proj"]))
     with pytest.raises(ValueError, match="`num_layers` is 1, which an adapter's folder cannot record"):

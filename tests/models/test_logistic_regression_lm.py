@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, GraniteConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    MiniCPM3Config,
+    PreTrainedConfig,
+)
 
 from cli_runs import CONFIGS, Runs
 from zolightning import CausalLM
@@ -25,10 +33,13 @@ from zolightning.network.logistic_regression import fit, most_accurate
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 37}
 MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4}
+HEADS = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 SCALED = [
     GraniteConfig(logits_scaling=8, **SIZES),
     CohereConfig(logit_scale=0.25, **SIZES),
     FalconH1Config(lm_head_multiplier=0.5, num_key_value_heads=2, **MAMBA, **SIZES),
+    HyperCLOVAXConfig(logits_scaling=0.5, **SIZES),
+    MiniCPM3Config(dim_model_base=4, q_lora_rank=8, kv_lora_rank=8, **HEADS, **SIZES),  # before its head
 ]
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +30,17 @@ def answer_features(model: nn.Module, head: nn.Module, batch: Batch) -> tuple[Te
     input_ids, attention_mask = (of_label(batch[name], row) for name in ("input_ids", "attention_mask"))
     is_prompt = answer.shape[1] == 1  # else the answer is in the row
     count = answer.shape[1] + (not is_prompt)
-    with inputs_of(head) as read:
-        last_logits(model, input_ids, attention_mask, count)
+    written: list[Tensor] = []
+    with inputs_of(head) as read, head.register_forward_hook(lambda *call: written.append(call[2])):
+        logits = last_logits(model, input_ids, attention_mask, count)
     hidden = read[0][:, -count:][:, : answer.shape[1]]
     is_token = answer >= 0
-    return hidden[is_token] * _logit_scale(model), answer[is_token]
+    return hidden[is_token] * _scale(logits[:, -1].float(), written[0][:, -1].float()), answer[is_token]
 
 
-def _logit_scale(model: nn.Module) -> float:
-    """What a network multiplies the outputs of its head by: 1, but for Cohere, Granite and Falcon H1."""
-    whole: Any = model
-    config = whole.config.get_text_config()
-    factor = getattr(model, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
-    return factor / getattr(config, "logits_scaling", 1.0)
+def _scale(logits: Tensor, outputs: Tensor) -> Tensor:
+    """What a network multiplies its head's outputs by: 1 for most, not for Cohere and Granite.
+
+    Where it bounds them instead (Gemma 2), the factor that comes closest.
+    """
+    return (logits * outputs).sum() / (outputs * outputs).sum()

@@ -5,11 +5,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from zolightning.evaluation.replaced import replaced_forwards
 from zolightning.layers import find_layers
-from zolightning.messages import counted
+from zolightning.messages import counted, differing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
     fitted anew, because the head was trained on the output of the last layer.
 
     Raises:
-        ValueError: the model has fewer layers, or an encoder and a decoder.
+        ValueError: the model has fewer layers, or an encoder and a decoder, or no config describes what is left of it.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -42,12 +43,46 @@ def keep_first_layers(model: "PreTrainedModel", num_layers: int) -> None:
     if num_layers == before:
         return
     del layers[num_layers:]
+    try:
+        _shorten_config(model, before, num_layers)
+        is_network = _makes_again(model)
+    except Exception:  # whatever a config raises that accepts no such number
+        is_network = False
+    if not is_network:
+        raise ValueError(
+            f"`num_layers` is {num_layers!r}, but the first layers of a {type(model).__name__} are no network by "
+            "themselves: what they compute depends on how many follow. It must be null."
+        )
+    setattr(model, _NUM_LAYERS, num_layers)
+
+
+def _shorten_config(model: "PreTrainedModel", before: int, num_layers: int) -> None:
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for name, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == before:  # an entry a layer, such as `layer_types`
                 setattr(config, name, value[:num_layers])
         config.num_hidden_layers = num_layers
-    setattr(model, _NUM_LAYERS, num_layers)
+
+
+def _makes_again(model: "PreTrainedModel") -> bool:
+    """Whether a model's config, read anew, makes the same network.
+
+    Not so where each layer has a part of a table, is scaled by the number of layers, or is of another kind if it is one
+    of the last.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        made = type(model)(config)
+    shapes = [{name: tuple(weight.shape) for name, weight in each.state_dict().items()} for each in (model, made)]
+    return not differing(*shapes) and all(
+        _settings(again).items() <= _settings(model.get_submodule(name)).items() for name, again in made.named_modules()
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, bool | float]:
+    """The attributes that tell what a module computes, such as whether it has a window."""
+    found = {name: value for name, value in vars(module).items() if isinstance(value, bool | float)}
+    return {name: value for name, value in found.items() if name != "training" and not name.startswith("_")}
 
 
 def at_each_exit(model: "PreTrainedModel", exits: Sequence[int], run: Callable[[], T]) -> list[T]:
