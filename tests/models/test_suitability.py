@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, PretrainedConfig, RobertaConfig, RwkvConfig
 
 from zolightning.models import CausalLM
+from zolightning.models.scoring import last_logits
 from zolightning.models.suitability import refuse_unsuitable
 
 SIZES = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2}
@@ -46,6 +47,20 @@ def test_causal_models_are_accepted_as_they_were(architecture, make_model, dtype
 def test_decoders_and_recurrent_models_that_honour_the_mask_are_accepted():
     refuse_unsuitable(make(BertConfig(**SIZES, **HEADS, is_decoder=True)))
     refuse_unsuitable(make(MambaConfig(**SIZES)))
+
+
+@torch.no_grad()
+def test_positions_of_roberta_begin_after_that_of_padding(monkeypatch):
+    model, ids = (
+        make(RobertaConfig(**SIZES, **HEADS, is_decoder=True, initializer_range=0.3)).eval(),
+        torch.arange(9, 17),
+    )
+    logits = last_logits(model, ids[None], torch.ones(1, 8, dtype=torch.long), count=8)
+    torch.testing.assert_close(logits, model(ids[None]).logits)
+    refuse_unsuitable(model)
+    monkeypatch.setattr("zolightning.models.scoring._first_position", lambda _: 0)
+    with pytest.raises(MisconfigurationException, match="does not mask padding"):
+        refuse_unsuitable(model)
 
 
 @pytest.mark.parametrize("config", [BertConfig(**SIZES, **HEADS), RobertaConfig(**SIZES, **HEADS)])

@@ -89,7 +89,7 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     """Returns the logits of the last `count` positions of left-padded rows, (rows, count, vocabulary)."""
     optional = {
         # some architectures would count the padding as positions
-        "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0),
+        "position_ids": (attention_mask.cumsum(dim=-1) - 1).clamp(min=0) + _first_position(model),
         # Logits that nobody reads cost up to a fifth of the forward pass and most of its memory. Indices give a copy;
         # with a slice, torch multiplies row by row and copies a frozen head for each (10 times the forward).
         "logits_to_keep": torch.arange(input_ids.shape[1] - count, input_ids.shape[1], device=input_ids.device),
@@ -99,3 +99,10 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     arguments = {name: value for name, value in optional.items() if name in accepted}
     mask = attention_mask_for(model, attention_mask) if "position_ids" in accepted else attention_mask
     return model(input_ids=input_ids, attention_mask=mask, **arguments).logits[:, -count:]
+
+
+def _first_position(model: nn.Module) -> int:
+    """The position of a text's first token: 0, but after that of padding in RoBERTa and its kin."""
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else padding + 1

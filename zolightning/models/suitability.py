@@ -1,5 +1,6 @@
 """Runs a model to check what scoring assumes: that no token sees a later one, and that padding changes nothing."""
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,15 @@ _LENGTH, _PADDING = 8, 3  # tokens
 def refuse_unsuitable(model: "PreTrainedModel") -> None:
     """Runs a model of transformers twice, over some of its tokens, in the dtype and on the device that it has.
 
+    The first run is a plain one, without what :func:`~zolightning.models.scoring.last_logits` adds.
+
     Raises:
         MisconfigurationException: if the values exceed float16; attention is bidirectional, so the model would read the
             answer that it scores; or the scores of a text depend on the padding beside it, so on the other texts of a
             batch.
     """
     weight = model.get_input_embeddings().get_parameter("weight")
-    ids = torch.linspace(1, len(weight) - 1, _LENGTH).long()
+    ids = torch.linspace(len(weight) // 2, len(weight) - 1, _LENGTH).long()  # special tokens are among the first
     changed = ids.clone()
     changed[-1] = ids[-2]
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), "cpu")
@@ -34,7 +37,8 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     pad = rows.new_zeros(1, _PADDING)
     padded, mask = torch.cat([pad, rows[:1]], dim=1), torch.cat([pad, torch.ones_like(rows[:1])], dim=1)
     with evaluation_mode(model):
-        logits, logits_before_changed = last_logits(model, rows, torch.ones_like(rows), _LENGTH).float()
+        plain = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+        logits, logits_before_changed = model(rows, attention_mask=torch.ones_like(rows), **plain).logits.float()
         (padded_logits,) = last_logits(model, padded, mask, _LENGTH).float()
 
     _refuse_overflow(model, logits)
