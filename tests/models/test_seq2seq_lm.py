@@ -3,20 +3,29 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import AutoPeftModelForSeq2SeqLM
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn import functional as F
-from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    FSMTConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from zolightning.callbacks.micro_batches import micro_batches
 from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
-from zolightning.models.seq2seq_lm import target_features, target_log_probs
+from zolightning.models.seq2seq_lm import Seq2SeqLM, target_features, target_log_probs
 from zolightning.network.adapter_folders import save_adapter
 from zolightning.network.adapters import add_adapter, lora_settings
 from zolightning.optim import LOZO, MeZO, StepRecord, ZerothOrderOptimizer
@@ -212,3 +221,29 @@ def test_a_padded_batch_writes_what_each_prompt_alone_does(architecture: str) ->
         expected.append(tokenizer.decode(written[1:], skip_special_tokens=True).strip())
     assert texts == expected
     assert len(set(expected)) > 1
+
+
+def refuse_unsuitable(model: PreTrainedModel) -> None:
+    Seq2SeqLM.refuse_unsuitable(cast(Seq2SeqLM, SimpleNamespace(model=model)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_networks_that_honour_the_mask_are_accepted(architecture: str, dtype: torch.dtype) -> None:
+    model = make_model(architecture, dtype).train()
+    refuse_unsuitable(model)
+    assert model.training
+
+
+def test_networks_that_give_other_scores_are_refused() -> None:
+    model = make_model()
+    unmasked = {"attention_mask": None}
+    model.get_encoder().register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | unmasked), with_kwargs=True)
+    with pytest.raises(MisconfigurationException, match="T5ForConditionalGeneration, which does not mask padding"):
+        refuse_unsuitable(model)
+    sizes = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    vocabularies = {"langs": ["a", "b"], "src_vocab_size": 37, "tgt_vocab_size": 37}
+    config = FSMTConfig(**vocabularies, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(MisconfigurationException, match=r"FSMT.* not read a prompt and several answers \(ValueError"):
+        refuse_unsuitable(model)

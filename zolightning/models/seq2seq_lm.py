@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +19,7 @@ from zolightning.data.task import Task
 from zolightning.models.causal_lm import CausalLM
 from zolightning.models.head_features import inputs_of
 from zolightning.models.scoring import of_label, token_log_probs
+from zolightning.models.suitability import refuse_unsuitable_pair
 
 
 class Seq2SeqLM(CausalLM):
@@ -59,6 +60,7 @@ class Seq2SeqLM(CausalLM):
                 f"`model_name` is a {type(self.model).__name__} without `decoder_start_token_id` in config.json, with "
                 "which its decoder begins an answer: add it."
             )
+        refuse_unsuitable_pair(self.model, lambda batch: target_log_probs(self.model, cast(Batch, batch))[0])
 
 
 def target_log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,7 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
     ids = torch.linspace(len(weight) // 2, len(weight) - 1, _LENGTH).long()  # special tokens are among the first
     changed = ids.clone()
     changed[-1] = ids[-2]
-    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), "cpu")
-    rows = torch.stack([ids, changed]).to(device)  # offloaded weights are fetched to where the inputs go
+    rows = torch.stack([ids, changed]).to(_device_of(model))
     pad = rows.new_zeros(1, _PADDING)
     padded, mask = torch.cat([pad, rows[:1]], dim=1), torch.cat([pad, torch.ones_like(rows[:1])], dim=1)
     with evaluation_mode(model):
@@ -85,6 +84,47 @@ def refuse_reading_padding(
         padded_logits = logits_of(beside(ids, pad), beside(torch.ones_like(ids), torch.zeros_like(pad))).float()
     _refuse_overflow(model, logits)
     _refuse_padding(model, logits, padded_logits)
+
+
+@torch.no_grad()
+def refuse_unsuitable_pair(model: "PreTrainedModel", log_probs_of: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """Runs an encoder-decoder on two prompts with two answers each, and on one of these by itself.
+
+    `log_probs_of` runs it: it returns the log-probability of each answer token, (B, C, A), of a batch.
+
+    Raises:
+        MisconfigurationException: if it cannot be run like this, or an answer's score depends on others beside it.
+    """
+    weight = model.get_input_embeddings().get_parameter("weight")
+    ids = torch.linspace(len(weight) // 2, len(weight) - 1, _LENGTH).long().to(_device_of(model))
+    kept = torch.arange(_LENGTH, device=ids.device) < _LENGTH - _PADDING
+    prompts = torch.stack([ids, ids.where(kept, getattr(model.config, "pad_token_id", 0) or 0)])
+    masks = torch.stack([torch.ones_like(ids), kept.long()])
+    answers = torch.stack([ids, ids.flip(0).where(kept, -1)])
+    short = slice(0, _LENGTH - _PADDING)
+    batches = [
+        {"input_ids": prompts[:, None], "attention_mask": masks[:, None], "answer_ids": answers.expand(2, -1, -1)},
+        {
+            "input_ids": prompts[1:, None, short],
+            "attention_mask": masks[1:, None, short],
+            "answer_ids": answers[1:, None, short],
+        },
+    ]
+    try:
+        with evaluation_mode(model):
+            together, alone = map(log_probs_of, batches)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise MisconfigurationException(
+            f"`model_name` is a {type(model).__name__}, which does not read a prompt and several answers ({reason}). "
+            "Use an encoder-decoder such as T5 or BART."
+        ) from None
+    _refuse_padding(model, alone[0, 0], together[1, 1, short])
+
+
+def _device_of(model: "PreTrainedModel") -> torch.device:
+    """Where a model's inputs go; offloaded weights are fetched to it."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def _refuse_overflow(model: "PreTrainedModel", logits: Tensor) -> None:
