@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zolightning.data.bidirectional import encode_masked
 from zolightning.data.encoding import encode
 from zolightning.data.examples import example_of
 from zolightning.data.row import Row
+from zolightning.data.seq2seq import encode_pair
 from zolightning.data.task_files import load_task, task_of
 from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM
@@ -215,8 +217,9 @@ class TestEncoding:
     def test_what_cannot_be_is_refused(self, prompt: str, answers: list[str], line: str) -> None:
         with pytest.raises(ValueError, match=line):
             self.encode(prompt, answers)
-        with pytest.raises(ValueError, match=r"`\{\{ mask \}\}` and .* are for MaskedLM"):
-            encode(tiny_tokenizer(), f"It was{MASK}", WORDS, label=1, id=0, max_length=64)
+        for other, mark in product((encode, encode_pair), (MASK, SEPARATOR)):
+            with pytest.raises(ValueError, match=r"`\{\{ mask \}\}` and .* are for MaskedLM"):
+                other(tiny_tokenizer(), f"It was{mark}", WORDS, label=1, id=0, max_length=64)
         with pytest.raises(ValueError, match="do not hold a mask: at least 3 are needed"):
             self.encode(f"It was{MASK}", WORDS, max_length=2)
 

@@ -54,8 +54,7 @@ def encode(
         ValueError: if a part has no tokens, two candidates are the same, the answers leave no room for the prompt, or
             the prompt has a mask or a separator.
     """
-    if MASK in prompt or SEPARATOR in prompt:
-        raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
+    refuse_marks(prompt)
     texts = [answers[0], prompt, *(prompt + answer for answer in answers)]
     first_ids, prompt_ids, *full_ids = tokenizer(texts, verbose=False)["input_ids"]
     alone_ids = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
@@ -128,6 +127,12 @@ def check_tokens(example: Example, num_embeddings: int, tokenizer: "PreTrainedTo
 def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The name of a tokenizer for messages: where it was loaded from, or else its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+def refuse_marks(prompt: str) -> None:
+    """Raises ValueError if a prompt has a mask or a separator."""
+    if MASK in prompt or SEPARATOR in prompt:
+        raise ValueError("`{{ mask }}` and `{{ sep }}` in a prompt are for MaskedLM and SequenceClassifier")
 
 
 def require_distinct(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zolightning.data.encoding import Example, require_distinct, too_few_tokens
+from zolightning.data.encoding import Example, refuse_marks, require_distinct, too_few_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,9 +26,10 @@ def encode_pair(
     these. It leaves no `room_for_answer`, which the decoder has of its own.
 
     Raises:
-        ValueError: if the prompt is empty, two candidates are the same, or an answer or a token of the prompt does not
-            fit into `max_length`.
+        ValueError: if the prompt is empty or has a mask or a separator, two candidates are the same, or an answer or a
+            token of the prompt does not fit into `max_length`.
     """
+    refuse_marks(prompt)
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     words = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     answer_ids = tokenizer(text_target=[answer.strip() for answer in answers], verbose=False)["input_ids"]
