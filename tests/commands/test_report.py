@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def files(runs: Runs) -> tuple[dict[str, Any], list[dict[str, str]], str]:
     output = runs.folder / "made/page.html"
     said = printed(["report", str(runs.folder / "logs" / NAME), "--output", str(output), "--title", "A <b> & c"])
     assert f"left out: {runs.version(2)} has no curve of a training yet" in said and "page.csv" in said
+    assert all(re.search(rf"^{runs.version(number)} +finished +6 ", said, re.MULTILINE) for number in (0, 1))
     with output.with_suffix(".csv").open() as file:
         curves = list(csv.DictReader(file))
     return json.loads(output.with_suffix(".json").read_text()), curves, output.read_text()
@@ -129,7 +131,15 @@ def test_the_page_holds_all_that_it_shows(runs: Runs, files: Any) -> None:
     assert all(link.startswith("#") for link in page.links)
     assert page.tags.count("svg") == 2 * 3 + 3 + 4  # accuracy, F1 and loss by three axes; and of training
     text = "".join(page.texts)
-    for expected in ("A <b> & c", str(runs.version(0)), str(runs.version(1)), "AdamW", "method.lr", "6 of 6"):
+    for expected in (
+        "A <b> & c",
+        str(runs.version(0)),
+        str(runs.version(1)),
+        "AdamW",
+        "method.lr",
+        "6 of 6",
+        "a backward pass is no",
+    ):
         assert expected in text, expected
 
 

@@ -87,6 +87,27 @@ def test_chat_needs_a_template(texts: Texts, tokenizer: PreTrainedTokenizerFast)
         texts(SENTIMENT, [{"text": "the soup", "label": 1}], tokenizer, chat=True)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no roles') }}", "the chat template refuses this conversation: no roles"),
+        ("{% for turn in messages %}{{ turn.content | upper }}{% endfor %}", "does not write the assistant's turn as"),
+        (
+            "{{ messages | length }}{{ messages[-1].content }}",
+            "writes the earlier turns differently if the last one is",
+        ),
+    ],
+)
+def test_a_chat_template_that_does_not_fit(
+    texts: Texts, chat_tokenizer: PreTrainedTokenizerFast, template: str, message: str
+) -> None:
+    chat_tokenizer.chat_template = template
+    is_conversation = "earlier" in message
+    task = {"messages": "talk"} if is_conversation else {"prompt": "{{ ask }}", "answer": "{{ ask }}"}
+    with pytest.raises(ValueError, match=f"train.jsonl, line 1: .*{message}"):
+        texts({"name": "own", **task}, [{"talk": TALK, "ask": "so"}], chat_tokenizer, chat=not is_conversation)
+
+
 def test_a_prompt_needs_a_task_that_has_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`data\.prompt` does not work with task own"):
         PromptDataModule({"name": "own", "text": "{{ a }}"}, str(tmp_path), prompt="x")

@@ -32,10 +32,17 @@ def chat_prompt_and_answer(tokenizer: "PreTrainedTokenizerBase", turns: Sequence
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message]) -> str:
-    """What the template writes after the words of the assistant's next turn: the token that ends a turn."""
+    """What the template writes after the words of the assistant's next turn: the token that ends a turn.
+
+    Raises:
+        ValueError: also if the template does not write these words as they stand.
+    """
     said = "Yes"
     whole = _written(tokenizer, [*turns, Message(role="assistant", content=said)], add_generation_prompt=False)
-    return whole.rpartition(said)[2]
+    _, found, end = whole.rpartition(said)
+    if not found:
+        raise ValueError(f"the chat template does not write the assistant's turn as it stands, {said!r}")
+    return end
 
 
 def _written(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], add_generation_prompt: bool) -> str:
