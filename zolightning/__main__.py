@@ -21,6 +21,11 @@ from zolightning.strategies.ranks import leave_at_exit, lost_rank
 
 _INTERRUPTED = 128 + signal.SIGINT
 _NO_PACKAGE = re.compile(r"class_path '[\w.]*?(\w+)':\s+((?:Requirement '|No module named '|Install \w+ to ).*)")
+_OF_SETTINGS = (  # how errors of Lightning's begin that are about a setting, and have classes of any errors
+    " `val_check_interval` (",
+    "Early stopping conditioned on metric",
+    "When using the learning rate finder",
+)
 
 
 def main(args: ArgsType = None) -> None:
@@ -88,7 +93,7 @@ def _advice(error: BaseException) -> str | None:
             return found[1]  # by a constructor, among what is wrong with other types
         if found := _NO_PACKAGE.search(str(cause)):
             return f"{found[1]} needs a package that is not installed: {found[2]}"
-        if str(cause).startswith(" `val_check_interval` ("):  # Lightning's, of an interval longer than the epoch
+        if str(cause).startswith(_OF_SETTINGS):
             return str(cause).strip()
         if isinstance(cause, UnpicklingError):
             found = re.search(r"GLOBAL:? (\S+)", str(cause))

@@ -233,6 +233,8 @@ class ZerothOrderCLI(LightningCLI):
             # callback that is given twice
             is_no_gpu = "No supported gpu backend" in str(error)
             raise MisconfigurationException(_NO_GPU if is_no_gpu else str(error)) from error
+        # The checkpoints of the field come first: `trainer.checkpoint_callback`, beside which the last step is saved
+        trainer.callbacks.sort(key=lambda each: isinstance(each, Checkpoint) and each is not made.checkpoint)
         trainer.run_config = self._plain_config()
         refuse_two_scopes(trainer)
         if getattr(trainer.strategy, "_start_method", None) in ("spawn", "forkserver"):

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -137,6 +137,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(make_run: Any, tm
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"`dirpath` is .*/file/run, where no file can be written: Not a dir"):
         make_run("file/run").fit()
+
+
+def test_its_folder_is_that_of_the_best_weights(make_run: Any, tmp_path: Path) -> None:
+    run = make_run(max_steps=1, callbacks=[Checkpoint(), ModelCheckpoint(tmp_path / "best", save_top_k=0)])
+    run.last.dirpath = None
+    run.fit()
+    assert (tmp_path / "best/last.ckpt").is_file()
 
 
 def test_another_file_of_the_last_step_is_refused(make_run: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli_runs import CONFIGS, Runs, parsed, printed, refused
+from cli_runs import CONFIGS, NAME, Runs, parsed, printed, refused
 from zolightning.commands.trainer import Trainer
 
 pytestmark = [
@@ -85,6 +85,14 @@ def test_default_root_dir_moves_the_run(runs: Runs, monkeypatch: pytest.MonkeyPa
     printed([*arguments, "--trainer.default_root_dir", "~/elsewhere"])
     (checkpoint,) = runs.folder.glob("elsewhere/*/version_0/checkpoints/last.ckpt")
     assert list(checkpoint.parent.parent.glob("events.*")) and not (runs.folder / "logs").exists()
+
+
+def test_other_checkpoints_leave_the_last_and_the_best_where_they_are(runs: Runs) -> None:
+    other = f"[{{class_path: ModelCheckpoint, init_args: {{dirpath: {runs.folder}/other, save_top_k: 0}}}}]"
+    options = {"trainer.callbacks": other, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    output = runs("fit", "--validate_first=false", *(f"--{name}={value}" for name, value in options.items()))
+    assert f"(logs/{NAME}/version_0/checkpoints/best-step=1.ckpt)" in output.replace(f"{runs.folder}/", "")
+    assert (runs.version(0) / "checkpoints/last.ckpt").is_file() and not (runs.folder / "other").exists()
 
 
 def test_validate_first_can_be_turned_off(runs: Runs) -> None:

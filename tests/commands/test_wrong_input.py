@@ -70,6 +70,10 @@ pytestmark = [
         (("--trainer.val_check_interval", "-1"), "`trainer.val_check_interval` must be above 0, a number of batches"),
         (("--trainer.val_check_interval", "0.5"), "`trainer.val_check_interval` is 0.5, a share of an epoch, and `t"),
         (("--scope", "TrainParameters", "--scope.patterns", "['q_prj']"), "`patterns` has 'q_prj', which matches no"),
+        (
+            ("--validate_first=false", "--trainer.callbacks", "[{class_path: LearningRateFinder}]"),
+            "When using the learning rate finder, either `model` or `model.hparams` should have one of these fields",
+        ),
         (("--lr_probe", "LearningRateProbe"), "`num_steps` of LearningRateProbe is 16, in which nothing moves, but"),
         (("--method.num_queries", "1000000000"), "`method.num_queries` must be at most 10,000, got 1000000000"),
         (("--method.eps", "1e-30"), "`method.eps` must be between 1e-12 and 1000, got 1e-30"),

@@ -120,7 +120,7 @@ class SaveLast(ModelCheckpoint):
         if len(trainer.checkpoint_callbacks) == 2:  # this one and that of the best weights
             warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
         if self.dirpath is None:
-            self.dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
+            self.dirpath = self._folder_of_others(trainer)
         super().setup(trainer, pl_module, stage)
         self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed, self._last_global_step_saved = {}, 0  # not those of an earlier fit
@@ -159,15 +159,19 @@ class SaveLast(ModelCheckpoint):
         Raises:
             MisconfigurationException: naming the callback and its ``save_last``.
         """
-        others = [callback for callback in find_callbacks(trainer, ModelCheckpoint) if callback is not self]
-        folder = self.dirpath or next((other.dirpath for other in others), None)
-        for other in others:
+        folder = self.dirpath or self._folder_of_others(trainer)
+        for other in find_callbacks(trainer, ModelCheckpoint):
             if other.save_last and other.dirpath == folder:
                 raise MisconfigurationException(
                     f"`save_last` of {type(other).__name__} is {other.save_last!r}, but SaveLast keeps the last step "
                     'in the same folder: `ckpt_path="last"` would pick one of two files, maybe the older one. Leave '
                     "`save_last` out."
                 )
+
+    def _folder_of_others(self, trainer: L.Trainer) -> Any:
+        """The folder of the run's first other ModelCheckpoint, as far as it is known."""
+        others = (callback for callback in find_callbacks(trainer, ModelCheckpoint) if callback is not self)
+        return next((other.dirpath for other in others), None)
 
     def _unless_trial(self, trainer: L.Trainer, act: Callable[[L.Trainer], None]) -> None:
         """Acts on a step, unless it is one of a finder's, which will be taken back."""
