@@ -10,6 +10,7 @@ from collections.abc import Callable
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from cli_runs import NAME, Runs, printed, refused
 from zolightning.commands.event_log import event_files
 from zolightning.commands.report import differing_settings
 from zolightning.commands.report_curves import Line, _means, curves_svg
+from zolightning.commands.report_page import _duration, _median
 from zolightning.commands.run_folder import read_run
 
 pytestmark = [
@@ -165,6 +167,17 @@ def test_the_name_of_a_metric_is_written_as_it_is() -> None:
 
 def test_a_curve_is_smoothed_by_its_latest_values() -> None:
     assert _means([4.0, 0.0, 4.0, 1.0], 2) == [4.0, 2.0, 2.0, 2.5]
+
+
+def test_times_and_speeds_of_the_page() -> None:
+    assert [_duration(seconds) for seconds in (59.4, 61, 3599, 7325)] == [
+        "59 s",
+        "1 min 1 s",
+        "59 min 59 s",
+        "2 h 2 min",
+    ]
+    run: Any = SimpleNamespace(curves={"speed": [SimpleNamespace(value=value) for value in (4.0, 1.0, 9.0)]})
+    assert (_median(run, "speed"), _median(run, "other")) == (4.0, None)
 
 
 def test_the_ledger_shows_how_far_a_run_is(runs: Runs, tmp_path: Path) -> None:
