@@ -103,6 +103,8 @@ def _advice(error: BaseException) -> str | None:
             return "`ckpt_path` is a file of torch's, but not a Trainer's checkpoint: it does not say what was trained."
         if isinstance(cause, DistNetworkError) and "EADDRINUSE" in str(cause):
             return f"`MASTER_PORT` is {os.environ['MASTER_PORT']}, which another program listens on: set another port."
+        if isinstance(cause, KeyError) and "checkpoint contains only the model" in str(cause):
+            return "`ckpt_path` holds weights only (`save_weights_only`), from which no run goes on: use 'last'."
         if (lost := lost_rank(cause)) is not None:
             return lost
         for raised in traceback.extract_tb(cause.__traceback__)[-1:]:

@@ -33,10 +33,12 @@ def test_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(runs: Runs, 
     assert message == f"error: `ckpt_path` is {path}, which is empty, truncated or not a checkpoint."
 
 
-def test_a_checkpoint_with_a_changed_bit_is_refused(runs: Runs) -> None:
+def test_a_checkpoint_of_weights_alone_or_with_a_changed_bit_is_refused(runs: Runs) -> None:
     runs("fit", "--trainer.max_steps", 1)
     path = runs.version(0) / "checkpoints/last.ckpt"
-    content = bytearray(path.read_bytes())
+    saved, content = torch.load(path, weights_only=True), bytearray(path.read_bytes())
+    torch.save({key: saved[key] for key in saved.keys() - {"optimizer_states", "lr_schedulers"}}, path)
+    assert runs.refused("fit", "--ckpt_path", path).startswith("error: `ckpt_path` holds weights only")
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     for subcommand in ("fit", "export"):

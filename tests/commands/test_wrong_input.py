@@ -100,6 +100,7 @@ pytestmark = [
             "The task's `objective` is 'accuracy', which has no",
         ),
         (("--data.task.objective", "f1"), "`data.task`: `objective` must be one of ('classification', 'accuracy', 'la"),
+        (("--checkpoint.filename", "last"), "`filename` of ModelCheckpoint is 'last', but SaveLast keeps the last st"),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` asks for the metric 'val/acc', which the valida"),
         (
             ("--trainer.callbacks", "[{class_path: BlockCoordinateDescent}, {class_path: BlockCoordinateDescent}]"),

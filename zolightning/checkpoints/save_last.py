@@ -157,10 +157,15 @@ class SaveLast(ModelCheckpoint):
         """Refuses a second callback that keeps a last step in the same folder; to be called before a fit as well.
 
         Raises:
-            MisconfigurationException: naming the callback and its ``save_last``.
+            MisconfigurationException: naming the callback and its ``save_last`` or ``filename``.
         """
         folder = self.dirpath or self._folder_of_others(trainer)
         for other in find_callbacks(trainer, ModelCheckpoint):
+            if other is not self and other.filename == self.filename and other.dirpath == folder:
+                raise MisconfigurationException(
+                    f"`filename` of {type(other).__name__} is {other.filename!r}, but SaveLast keeps the last step in "
+                    "the same folder by this name. Choose another one."
+                )
             if other.save_last and other.dirpath == folder:
                 raise MisconfigurationException(
                     f"`save_last` of {type(other).__name__} is {other.save_last!r}, but SaveLast keeps the last step "
