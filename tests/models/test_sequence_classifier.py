@@ -18,7 +18,14 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BartForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from masked_models import ARCHITECTURES, tiny_tokenizer, write_tiny
 from zolightning.callbacks import LinearProbing, ZerothOrder
@@ -29,6 +36,7 @@ from zolightning.data.templates import MASK, SEPARATOR
 from zolightning.models import MaskedLM, SequenceClassifier
 from zolightning.models.correlation import Pearson, Spearman
 from zolightning.models.loading import load_model
+from zolightning.models.suitability import refuse_reading_padding
 from zolightning.optim import MeZO
 from zolightning.scopes import LoRA, TrainHead, TrainLayers
 
@@ -80,6 +88,15 @@ def test_logits_of_a_batch_are_those_of_each_pair_alone(architecture: str, tmp_p
         scores = module.score(batch)
     expected = torch.stack([logits_of(folder, *row) for row in ROWS])
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_classifier_that_reads_the_end_of_a_text_is_accepted() -> None:
+    sizes = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    widths = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64}
+    tokenizer = tiny_tokenizer()
+    model = BartForSequenceClassification(BartConfig(vocab_size=len(tokenizer), init_std=0.3, **widths, **sizes))
+    refuse_reading_padding(model, tokenizer, lambda ids, mask: model(ids, attention_mask=mask).logits)
 
 
 def test_a_new_head_is_drawn_said_and_trained(

@@ -73,6 +73,8 @@ def refuse_reading_padding(
     chosen = [others[len(others) * i // _LENGTH] for i in range(_LENGTH)]
     if tokenizer.mask_token_id is not None:
         chosen[_LENGTH // 2] = tokenizer.mask_token_id
+    if model.config.is_encoder_decoder and tokenizer.eos_token_id is not None:
+        chosen[-1] = tokenizer.eos_token_id  # which classifiers of BART's kind look for in every text
     ids = torch.tensor([chosen[i:] + chosen[:i] for i in range(_PADDING)], device=weight.device)
     pad = torch.full((len(ids), _PADDING), tokenizer.pad_token_id or 0, device=weight.device)
 
