@@ -28,6 +28,7 @@ from zolightning.callbacks import (
     ZerothOrder,
 )
 from zolightning.callbacks.refusals import refuse_unsupported
+from zolightning.checkpoints.other_checkpoints import refuse_two_last_steps
 from zolightning.checkpoints.resume import callback_states, find_checkpoint, go_on_in_folder, is_ledger, take_name
 from zolightning.checkpoints.run_logs import log_once
 from zolightning.commands.arguments import command_line, prepared
@@ -264,7 +265,7 @@ class ZerothOrderCLI(LightningCLI):
             if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
                 self.trainer.strategy.check(trial(callback.method))
             if isinstance(callback, SaveLast):
-                callback.check(self.trainer)
+                refuse_two_last_steps(self.trainer, callback)
         check_training(self.trainer, self.model, self.datamodule)
         check_monitors(self.trainer, self.model, self.datamodule)
         # Now, not only with a validation: a fit must be the same with and without one, as a resumed run has none. An

@@ -13,13 +13,13 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable, sole_writer
 from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
 from zolightning.checkpoints.keep_ledger import KeepLedger, ledger_of_run
+from zolightning.checkpoints.other_checkpoints import folder_of_others, refuse_two_last_steps
 from zolightning.checkpoints.resume import find_files_again
 from zolightning.checkpoints.resumed_epoch import ResumedEpoch
 from zolightning.checkpoints.run_logs import log_once
@@ -120,7 +120,7 @@ class SaveLast(ModelCheckpoint):
         if len(trainer.checkpoint_callbacks) == 2:  # this one and that of the best weights
             warnings.filterwarnings("ignore", ".* is called with Trainer configured with multiple `ModelCheckpoint`")
         if self.dirpath is None:
-            self.dirpath = self._folder_of_others(trainer)
+            self.dirpath = folder_of_others(trainer, self)
         super().setup(trainer, pl_module, stage)
         self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed, self._last_global_step_saved = {}, 0  # not those of an earlier fit
@@ -152,31 +152,6 @@ class SaveLast(ModelCheckpoint):
             require_writable("dirpath", folder)
             self._restore.enter_context(sole_writer(folder))
             remove_unfinished(folder)
-
-    def check(self, trainer: L.Trainer) -> None:
-        """Refuses a second callback that keeps a last step in the same folder; to be called before a fit as well.
-
-        Raises:
-            MisconfigurationException: naming the callback and its ``save_last`` or ``filename``.
-        """
-        folder = self.dirpath or self._folder_of_others(trainer)
-        for other in find_callbacks(trainer, ModelCheckpoint):
-            if other is not self and other.filename == self.filename and other.dirpath == folder:
-                raise MisconfigurationException(
-                    f"`filename` of {type(other).__name__} is {other.filename!r}, but SaveLast keeps the last step in "
-                    "the same folder by this name. Choose another one."
-                )
-            if other.save_last and other.dirpath == folder:
-                raise MisconfigurationException(
-                    f"`save_last` of {type(other).__name__} is {other.save_last!r}, but SaveLast keeps the last step "
-                    'in the same folder: `ckpt_path="last"` would pick one of two files, maybe the older one. Leave '
-                    "`save_last` out."
-                )
-
-    def _folder_of_others(self, trainer: L.Trainer) -> Any:
-        """The folder of the run's first other ModelCheckpoint, as far as it is known."""
-        others = (callback for callback in find_callbacks(trainer, ModelCheckpoint) if callback is not self)
-        return next((other.dirpath for other in others), None)
 
     def _unless_trial(self, trainer: L.Trainer, act: Callable[[L.Trainer], None]) -> None:
         """Acts on a step, unless it is one of a finder's, which will be taken back."""
@@ -337,7 +312,7 @@ class SaveLast(ModelCheckpoint):
             leave_out_finders(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.check(trainer)
+        refuse_two_last_steps(trainer, self)
         refuse_other_method(trainer, self._resumed)
         if self._resumed:
             stop_if_ended(trainer)
