@@ -144,7 +144,7 @@ def test_one_run_serves_both_limits(command: Command, monkeypatch: pytest.Monkey
     ]
 
 
-@pytest.mark.parametrize("limit", [("--forwards", "60"), ("--seconds", "33")])
+@pytest.mark.parametrize("limit", [pytest.param(("--forwards", "60"), marks=pytest.mark.slow), ("--seconds", "33")])
 def test_a_schedule_ends_where_the_run_does(
     command: Command, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, str]
 ) -> None:

@@ -251,7 +251,7 @@ class TestLibrary:
         assert native.available(torch.empty(2))
         assert len(list((tmp_path / ".cache/zolightning/native").iterdir())) == 1
 
-    @pytest.mark.parametrize("flag", ["-D", "-U"])
+    @pytest.mark.parametrize("flag", ["-D", pytest.param("-U", marks=pytest.mark.slow)])
     def test_with_and_without_an_instruction_that_counts_bits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
     ) -> None:

