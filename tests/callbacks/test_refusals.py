@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.refusals import made_scheduler, refuse_strategy, refuse_unsupported
-from zolightning.optim import MeZO, SubZero
+from zolightning.optim import LOZO, MeZO, SubZero
 from zolightning.strategies import ZerothOrderFSDP
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -185,9 +185,11 @@ class TestRefusals:
 
     def test_a_scheduler_of_moments_that_a_method_has_not(self) -> None:
         make, method = partial(OneCycleLR, max_lr=1e-3, total_steps=9), SubZero([torch.nn.Parameter(torch.ones(3, 3))])
-        with pytest.raises(MisconfigurationException, match=r"changes `betas`, .*SubZero .*`cycle_momentum=False`"):
-            made_scheduler(make, method)
         assert made_scheduler(partial(make, cycle_momentum=False), method).optimizer is method
+        with pytest.raises(MisconfigurationException, match=r"set `momentum` to 0.95, .*SubZero .*`momentum`"):
+            made_scheduler(make, method)
+        made_scheduler(make, moving := LOZO([torch.nn.Parameter(torch.ones(3, 3))], momentum=0.9))
+        assert moving.param_groups[0]["momentum"] == 0.95  # the cycle's
         with pytest.raises(TypeError, match="max_rate"):
             made_scheduler(partial(OneCycleLR, max_rate=1), method)
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from training import Records, assert_equal, weights
-from zolightning.callbacks import ZerothOrder
-from zolightning.optim import MeZO, MeZOAdam, NonFiniteLossError
+from zolightning.callbacks import SubspaceResampling, ZerothOrder
+from zolightning.optim import LOZO, MeZO, MeZOAdam, NonFiniteLossError
 from zolightning.optim.estimators import OneSided
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -218,6 +218,24 @@ class TestInATrainer:
         assert {"train/loss", "zo/projected_grad", "zo/lr", "zo/forward_passes", "val/loss"} <= set(rows[0])
         monitored = [float(row["lr-MeZO"]) for row in rows if row["lr-MeZO"]]
         assert monitored == [1e-2] * 7 + [5e-3] * 7 + [2.5e-3] * 7  # at every step, as the schedule goes
+
+    @pytest.mark.parametrize(
+        ("settings", "logged"), [({}, 0.0), ({"momentum": 0.9}, 0.9), ({"betas": (0.8, 0.95)}, 0.8)]
+    )
+    def test_momentum_is_monitored(
+        self,
+        make_regression: MakeModule,
+        regression_data: MakeData,
+        make_trainer: MakeTrainer,
+        tmp_path: Path,
+        settings: dict[str, Any],
+        logged: float,
+    ) -> None:
+        monitor = LearningRateMonitor(log_momentum=True)
+        callbacks = [ZerothOrder(partial(LOZO, **settings)), SubspaceResampling(), monitor]
+        trainer = make_trainer(max_steps=1, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=callbacks)
+        trainer.fit(make_regression(), regression_data())
+        assert monitor.last_momentum_values["lr-LOZO-momentum"] == logged
 
     def test_the_run_seed_is_that_of_seed_everything(
         self, make_regression: MakeModule, regression_data: MakeData, make_trainer: MakeTrainer

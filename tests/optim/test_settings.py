@@ -58,6 +58,12 @@ def test_arguments_of_one_class_are_known(no_grad: None) -> None:
         SubZero(weights(), rank=3).load_state_dict(saved)
 
 
+def test_adam_is_not_dropped_unsaid(no_grad: None) -> None:
+    saved = SubZero(weights(), rank=2, betas=(0.8, 0.9)).state_dict()
+    with pytest.raises(ValueError, match=r"`betas` is None, was \(0.8, 0.9\)"):
+        SubZero(weights(), rank=2).load_state_dict(saved)
+
+
 def test_another_schedule_of_smoothing_is_refused() -> None:
     saved = HiZOO(weights(), smoothing={5: 0.1, 0: 0.2}).state_dict()
     HiZOO(weights(), smoothing={"0": 0.2, "5": 0.1}).load_state_dict(saved)  # type: ignore[dict-item]

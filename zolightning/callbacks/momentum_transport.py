@@ -44,7 +44,7 @@ class MomentumTransport(Callback):
                 "momentum is transported only once. Keep one."
             )
         for group in optimizer.param_groups:
-            if not (group["momentum"] or group["betas"]):
+            if not (group["momentum"] or group.get("betas")):
                 raise MisconfigurationException(
                     f"MomentumTransport has nothing to transport: {type(optimizer).__name__} keeps no momentum here. "
                     "Set its `momentum` above 0, or leave MomentumTransport out."

@@ -159,13 +159,6 @@ def made_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> An
     method = type(optimizer).__name__
     try:
         scheduler = make(optimizer)
-    except TypeError as error:
-        if optimizer.defaults.get("betas", ()) is not None or "NoneType" not in str(error):
-            raise
-        raise MisconfigurationException(
-            f"`lr_scheduler` changes `betas`, as OneCycleLR does by default, but {method} has none set. Give the "
-            "scheduler `cycle_momentum=False`, or the method `betas`."
-        ) from error
     except ValueError as error:  # torch's, about an argument, or a method without a momentum to change
         raise MisconfigurationException(f"`lr_scheduler` does not go with {method}: {error}") from error
     name = type(scheduler).__name__

@@ -65,7 +65,7 @@ class Spectra(Callback):
                     f"`patterns` has '{pattern}', which matches no matrix that trains in a subspace. Some of these: "
                     f"{', '.join(list(_matrices(optimizer))[:8]) or 'none'}."
                 )
-        if "momentum" in self.sources and not any(g["momentum"] or g["betas"] for g in optimizer.param_groups):
+        if "momentum" in self.sources and not any(g["momentum"] or g.get("betas") for g in optimizer.param_groups):
             raise MisconfigurationException(
                 "`sources` has 'momentum', but the method keeps none. Set its `momentum` above 0, or leave it out."
             )

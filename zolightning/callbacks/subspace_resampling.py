@@ -62,7 +62,7 @@ class SubspaceResampling(Callback):
     def check_anchor(self, optimizer: SubspaceOptimizer) -> None:
         """Raises a MisconfigurationException if the momentum has fewer directions that could stay, or there is none."""
         for group in optimizer.param_groups:
-            if self.anchor and not (group["momentum"] or group["betas"]):
+            if self.anchor and not (group["momentum"] or group.get("betas")):
                 raise MisconfigurationException(
                     f"`anchor` is {self.anchor}, but the method keeps no momentum whose directions could stay. "
                     "Set its `momentum` above 0, or `anchor` to 0."

@@ -69,7 +69,7 @@ def smoothed(
         found = torch.stack(_momentum(cores, states, gradients, group["momentum"]))
     else:
         found = torch.zeros(len(cores), cores[0].numel(), dtype=cores[0].dtype, device=cores[0].device)
-        descend(found.unbind(), states, gradients, {"betas": group["betas"]}, -1.0, "exact")
+        descend(found.unbind(), states, gradients, {"betas": group.get("betas")}, -1.0, "exact")
     return found.view(len(cores), *cores[0].shape)
 
 

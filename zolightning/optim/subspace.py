@@ -93,7 +93,10 @@ class SubspaceOptimizer(SubspaceWeights):
         self.normalize_directions = normalize_directions
         self._hooks: list[RemovableHandle] = []  # in the `state_dict()` of modules
         self._largest = LargestElements()  # one object, because wrappers copy an optimizer's attributes (Fabric does)
-        super().__init__(params, settings | counters | set_by_callbacks | RUNNING_MEAN | defaults, **common)
+        defaults = settings | counters | set_by_callbacks | RUNNING_MEAN | defaults
+        if defaults["betas"] is None:  # Lightning and torch's schedulers take any `betas` among defaults for Adam's
+            self.betas = defaults.pop("betas")
+        super().__init__(params, defaults, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; a group may have its own ``vector_lr``. In mid-run it gets what callbacks set for all."""
@@ -131,9 +134,9 @@ class SubspaceOptimizer(SubspaceWeights):
         super().check(group)
         require_fraction("momentum", group["momentum"])
         require_normalization(group)
-        for place, beta in enumerate(group["betas"] or ()):
+        for place, beta in enumerate(group.get("betas") or ()):
             require_fraction(f"betas[{place}]", beta)
-        if group["momentum"] and group["betas"]:
+        if group["momentum"] and group.get("betas"):
             raise ValueError(
                 f"`momentum` is {group['momentum']!r}, but `betas` {group['betas']!r} include one already: leave one "
                 "of the two out."
@@ -312,7 +315,7 @@ class SubspaceOptimizer(SubspaceWeights):
         if not group["vector_lr_ratio"]:
             return
         lr *= group["vector_lr_ratio"]
-        scale = 1.0 if group["momentum"] or group["betas"] else -lr
+        scale = 1.0 if group["momentum"] or group.get("betas") else -lr
         scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         with self.to_move(vectors.values(), gradients.values()) as (weights, states, moves):
