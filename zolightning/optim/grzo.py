@@ -93,7 +93,7 @@ class GRZO(SubspaceOptimizer):
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         for name in ("momentum", "betas"):
-            if group[name]:
+            if group.get(name):
                 raise ValueError(f"`{name}` is {group[name]!r}, but GRZO keeps none: leave it out.")
 
     def direction_scale(self, matrix: Matrix) -> float:
