@@ -65,6 +65,8 @@ class LoopRuns:
         one, plus, minus = torch.empty(3, self.numel + 3, dtype=out, device=self.device)[:, : self.numel].unbind()
         drawn, shaped = noise(queries, kind, self.device), self._shaped(shape, self.numel)
         self.loops.perturb(one, weight, drawn, start, **shaped)
+        if queries > 1:  # a backend has both signs of one query only
+            return (one,)
         self.loops.perturb_both(plus, minus, weight, drawn, start, **shaped)
         return one, plus, minus
 

@@ -98,8 +98,13 @@ def perturb_both(
 ) -> None:
     """``plus = weight + noise`` and ``minus = weight - noise``, of one shape, from one read of the weight.
 
-    `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included.
+    `minus` has the bits that :func:`perturb` gives with negated coefficients, zeros' signs included. A backend takes
+    noise of one query here: a sum of several that cancels is +0 with negated terms too, which one sign does not make.
     """
+    if noise.keys.shape[0] > 1:  # in no evaluation of this package's methods
+        perturb(plus, weight, noise, start, curvature, threshold)
+        perturb(minus, weight, -noise, start, curvature, threshold)
+        return
     backend = _backend(weight, plus, curvature, start=start)
     backend.perturb_both(plus, minus, weight, noise, start, curvature, threshold)
 

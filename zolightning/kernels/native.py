@@ -104,10 +104,6 @@ def perturb_both(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if noise.keys.shape[0] > 1:  # sums of several queries (no evaluation needs them) are not negated by one sign
-        perturb(plus, weight, noise, start, curvature, threshold)
-        perturb(minus, weight, -noise, start, curvature, threshold)
-        return
     name, shape = _shape(curvature, threshold)
     function = getattr(_library(), f"perturb_both_{_dtypes(weight, plus)}{name}")
     function(plus.data_ptr(), minus.data_ptr(), weight.data_ptr(), *shape, *_noise(noise, weight.numel(), start))

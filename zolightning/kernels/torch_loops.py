@@ -196,13 +196,10 @@ def _perturb_both(
     curvature: Tensor | None,
     threshold: float | None,
 ) -> None:
-    index = counter(weight, start)
-    values = noise.at(index)
-    # A sum that cancels is +0 with negated terms, too, which is not the negated sum; it matters where the weight is -0.
-    negated = -values if noise.keys.shape[0] == 1 else (-noise).at(index)
+    values = noise.at(counter(weight, start))
     wide = weight.to(values.dtype)
     plus.copy_((wide + _shaped(values, weight, curvature, threshold)).to(plus.dtype))
-    minus.copy_((wide + _shaped(negated, weight, curvature, threshold)).to(minus.dtype))
+    minus.copy_((wide + _shaped(-values, weight, curvature, threshold)).to(minus.dtype))
 
 
 def _perturb_rows(

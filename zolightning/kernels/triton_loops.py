@@ -64,10 +64,6 @@ def perturb_both(
     curvature: Tensor | None = None,
     threshold: float | None = None,
 ) -> None:
-    if noise.keys.shape[0] > 1:  # sums of several queries (no evaluation needs them) are not negated by one sign
-        perturb(plus, weight, noise, start, curvature, threshold)
-        perturb(minus, weight, -noise, start, curvature, threshold)
-        return
     arguments = (plus, weight, None, None, minus, curvature, threshold)
     _run(triton_kernels.perturb, weight, arguments, noise, start)
 
