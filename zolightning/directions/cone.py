@@ -1,17 +1,15 @@
 """Directions that lean towards a stored tensor, so that they lie in a cone around it (ConMeZO)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from zolightning.directions.dense import Direction, Negated
+from zolightning.directions.dense import DerivedDirection, Direction, Negated
 from zolightning.directions.perturbation import Uncopied
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import CODE_SCALE
 
 
-class ConeDirection(Direction):
+class ConeDirection(DerivedDirection):
     """``direction + scale * axis``, computed where it is added; it takes one more pass over memory than the direction.
 
     Args:
@@ -21,7 +19,7 @@ class ConeDirection(Direction):
     """
 
     def __init__(self, direction: Direction, axis: Tensor, scale: Tensor) -> None:
-        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        super().__init__(direction)
         self.axis = Uncopied(axis)
         self.scale = scale
 
@@ -57,11 +55,3 @@ class ConeDirection(Direction):
         """The direction divided by the coefficient of its one query: noise of unit variance with the same lean."""
         assert self.values is not None
         return self.of_elements(weight, start).float() / (self.values[0] / CODE_SCALE[self.kind])
-
-    def arguments(self) -> dict[str, Any]:
-        """There are none: loops do not support an axis.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("ConeDirection cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")

@@ -121,6 +121,26 @@ class Direction(Noise):
         kernels.add(total.view(-1), self, decay, start=self.first + start)
 
 
+class DerivedDirection(Direction):
+    """Abstract: a direction that is changed wherever it is added; a subclass overrides what adds it.
+
+    Args:
+        direction: the direction of a whole parameter.
+    """
+
+    def __init__(self, direction: Direction) -> None:
+        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+
+    def arguments(self) -> dict[str, Any]:
+        """There are none, unless a subclass has some: loops would add the direction that it is derived from.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")
+
+
 class Coefficients(NamedTuple):
     """What the directions of a sum are multiplied by: a tensor, and its numbers if they are known on the host."""
 

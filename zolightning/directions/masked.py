@@ -1,17 +1,17 @@
 """Directions that leave some elements of a parameter unchanged to the bit."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.directions.dense import Direction
+from zolightning.directions.dense import DerivedDirection, Direction
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import hash_bits
 
 
-class MagnitudeMasked(Direction):
+class MagnitudeMasked(DerivedDirection):
     """A direction restricted to small weights; the mask is computed from the stored parameter when it is used.
 
     Args:
@@ -20,7 +20,7 @@ class MagnitudeMasked(Direction):
     """
 
     def __init__(self, direction: Direction, threshold: float) -> None:
-        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        super().__init__(direction)
         self.threshold = threshold
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
@@ -38,14 +38,6 @@ class MagnitudeMasked(Direction):
     def of_elements(self, weight: Tensor, start: int = 0) -> Tensor:
         """As of any direction; -0.0 for large weights."""
         return super().of_elements(weight, start).where(weight.abs() <= self.threshold, -0.0)
-
-    def arguments(self) -> dict[str, Any]:
-        """There are none: most loops do not support a threshold.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("MagnitudeMasked cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")
 
 
 class Mask(Protocol):
@@ -93,11 +85,11 @@ class RandomMask:
         return hash_bits(index.to(torch.int32), self.key) < self.below
 
 
-class Masked(Direction):
+class Masked(DerivedDirection):
     """A direction restricted to the elements of a mask; it takes several passes over memory."""
 
     def __init__(self, direction: Direction, mask: Mask) -> None:
-        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        super().__init__(direction)
         self.mask = mask
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
@@ -122,14 +114,6 @@ class Masked(Direction):
         """As of any direction; -0.0 where the mask is False, which changes no sum."""
         index = torch.arange(start, start + weight.numel(), device=weight.device)
         return super().of_elements(weight, start).where(self.mask.at(index), -0.0)
-
-    def arguments(self) -> dict[str, Any]:
-        """There are none: loops do not support masks.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("Masked cannot be an argument of a loop: add its `of_elements` with `add_tensor`.")
 
     def _restore(self, weight: Tensor, out: Tensor, start: int) -> None:
         weight, out = weight.view(-1), out.view(-1)

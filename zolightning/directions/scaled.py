@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zolightning import kernels
-from zolightning.directions.dense import Direction
+from zolightning.directions.dense import DerivedDirection, Direction
 from zolightning.directions.perturbation import Uncopied
 from zolightning.directions.shards import gathered, is_sharded
 from zolightning.kernels.compiled import CHUNK, chunk_size
@@ -77,17 +77,17 @@ class FactoredCurvature:
         return torch.outer(rows, self.columns).clamp_(self.floor, self.ceiling)
 
 
-class ScaledDirection(Direction):
+class ScaledDirection(DerivedDirection):
     """``direction / sqrt(curvature)``, computed where it is added."""
 
     def __init__(self, direction: Direction, curvature: FullCurvature | FactoredCurvature) -> None:
-        super().__init__(direction.keys, direction.coefficients, direction.kind, direction.values)
+        super().__init__(direction)
         self.curvature = curvature
 
     def arguments(self) -> dict[str, Any]:
         """As for any direction; only for a full curvature."""
         assert isinstance(self.curvature, FullCurvature)
-        return super().arguments() | {"curvature": self.curvature.whole()}
+        return {"noise": self, "start": 0, "curvature": self.curvature.whole()}
 
     def add_to(self, weight: Tensor, out: Tensor, start: int = 0) -> None:
         weight, out = weight.view(-1), out.view(-1)
