@@ -332,7 +332,7 @@ def test_references_that_a_reward_cannot_do_with_are_refused(reward: Any, refere
 
 @pytest.mark.parametrize("make", [UnitTests, partial(InProcesses, unruly)])
 @pytest.mark.parametrize(
-    ("name", "value", "wanted"), [("timeout", 0.0, "above 0 seconds"), ("processes", 0, "at least 1")]
+    ("name", "value", "wanted"), [("timeout", 0.0, "a positive number"), ("processes", 0, "an integer, at least 1")]
 )
 def test_numbers_out_of_range(make: Callable[..., Any], name: str, value: float, wanted: str) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` must be {wanted}.*, got {value}"):
@@ -340,5 +340,5 @@ def test_numbers_out_of_range(make: Callable[..., Any], name: str, value: float,
 
 
 def test_memory_that_python_does_not_start_with() -> None:
-    with pytest.raises(ValueError, match=r"`memory_mib` must be at least 64, .*, got 63"):
+    with pytest.raises(ValueError, match=r"`memory_mib` must be an integer, at least 64, got 63"):
         UnitTests(memory_mib=63)

@@ -139,9 +139,9 @@ def test_profile_leaves_the_module_as_it_was(make_regression: Any, make_trainer:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--num_prompts", 0), "`num_prompts` must be at least 1, got 0"),
-        (("--sensitivity_queries", -1), "`sensitivity_queries` must be 0 for no scan, or more, got -1"),
-        (("--probe_every", -1), "`probe_every` must be 0 for no probes, or more, got -1"),
+        (("--num_prompts", 0), "`num_prompts` must be an integer, at least 1, got 0"),
+        (("--sensitivity_queries", -1), "`sensitivity_queries` must be an integer, at least 0, got -1"),
+        (("--probe_every", -1), "`probe_every` must be an integer, at least 0, got -1"),
         (("--layers_name", "no.such.layers"), "`layers_name` is 'no.such.layers', which matches nothing"),
         (("--output", "{folder}/model/config.json/x"), "`output` is {folder}/model/config.json/x, where no file can"),
         (("--data.init_args.path", "{folder}"), "{folder}/train.jsonl, .csv or .parquet does not exist"),

@@ -54,7 +54,7 @@ def test_runs_first_order(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", 0), "`steps` must be at least 1, got 0"),
+        (("--steps", 0), "`steps` must be an integer, at least 1, got 0"),
         (("--layers", "[0,9]"), "`layers` is 9, but `model.model.layers` has 2 layers: 0 to 1 are accepted"),
         (("--output", "{folder}/model/config.json"), "`output` is {folder}/model/config.json, where no file can be"),
         (("--trainer.accumulate_grad_batches", 2), "`trainer.accumulate_grad_batches` is 2"),

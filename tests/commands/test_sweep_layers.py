@@ -228,7 +228,7 @@ def test_a_layer_that_diverges_does_not_end_the_sweep(sweep: Callable[..., Stack
 @pytest.mark.parametrize(
     ("callbacks", "arguments", "message"),
     [
-        ([], {"steps": 0}, "`steps` must be at least 1, got 0"),
+        ([], {"steps": 0}, "`steps` must be an integer, at least 1, got 0"),
         ([], {"layers": [0, 3]}, "`layers` is 3, but `layers` has 3 layers: 0 to 2 are accepted"),
         ([], {"layers": []}, "`layers` is empty"),
         ([], {"lr": -1.0}, "`lr` must be a positive number"),

@@ -50,7 +50,7 @@ pytestmark = [
             ("--data.init_args.path", "no/such/folder"),
             "`data.path` must be a folder of files, got 'no/such/folder', which is not one in /",
         ),
-        (("--data.init_args.batch_size", "0"), "`data.batch_size` must be at least 1, got 0"),
+        (("--data.init_args.batch_size", "0"), "`data.batch_size` must be an integer, at least 1, got 0"),
         (("--model.init_args.model_name", "./no-model"), "`model_name` './no-model' is a path, but nothing is there"),
         (
             ("--model.init_args.quantization", "int8"),

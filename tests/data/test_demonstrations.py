@@ -230,7 +230,7 @@ def test_calibration_of_a_module_that_encodes_rows_itself(
         (SENTIMENT, {"num_demonstrations": 4, "num_train": 3}, "is 4, but only 3 training rows are sampled"),
         (SENTIMENT, {"num_demonstrations": 3, "examples_per_class": 2}, "3 must be a multiple of the 2 classes"),
         (SENTIMENT, {"num_demonstrations": 6, "examples_per_class": 2}, "is 6, but only 4 training rows are sampled"),
-        (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be at least 0"),
+        (SENTIMENT, {"num_demonstrations": -1}, "`data.num_demonstrations` must be an integer, at least 0"),
         (SENTIMENT, {"demonstrations_per_row": True}, "`data.demonstrations_per_row` is True, but"),
         (SENTIMENT, {"calibration": "zero_shot"}, "needs a `content_free_prompt`, of which task own has none"),
         # What a flag with null becomes

@@ -162,7 +162,7 @@ def test_what_is_refused(folder: Path, make_trainer: Callable[..., L.Trainer]) -
     make = partial(LogisticRegressionLM, str(folder / "model"))
     with pytest.raises(ValueError, match="`cs` must be at least one number above 0, got"):
         make(cs=[])
-    with pytest.raises(ValueError, match="`tolerance` must be above 0, got 0"):
+    with pytest.raises(ValueError, match="`tolerance` must be a positive number, got 0"):
         make(tolerance=0)
     with pytest.raises(
         MisconfigurationException, match=r"`trainer.max_steps` is 2, but LogisticRegressionLM is fitted in one step"

@@ -89,7 +89,7 @@ def test_named_targets(make_module: Any, make_loader: Any, make_trainer: Any) ->
     ("make", "message"),
     [
         (lambda: LoRA(0), "`rank` must be an integer, at least 1, got 0"),
-        (lambda: LoRA(alpha=0), "`alpha` must be above 0, got 0"),
+        (lambda: LoRA(alpha=0), "`alpha` must be a positive number, got 0"),
         (lambda: LoRA(target_modules=[]), "`target_modules` is empty"),
         (
             lambda: LoRA(target_modules=["q_proj", "query"]),

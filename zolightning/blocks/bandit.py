@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zolightning.blocks.orders import Order, Turn
+from zolightning.checks import require_fraction, require_integer, require_positive
 from zolightning.kernels.noise import key
-from zolightning.optim.checks import require_fraction, require_integer, require_positive
 
 
 def project_to_simplex(weights: Sequence[float], p_min: float) -> list[float]:

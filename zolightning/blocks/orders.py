@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zolightning.checks import require_integer
 from zolightning.kernels.noise import key
-from zolightning.optim.checks import require_integer
 from zolightning.optim.settings import constructor_arguments
 
 

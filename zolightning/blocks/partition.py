@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from zolightning.checks import require_choice, require_patterns
 from zolightning.layers import find_layers
 from zolightning.messages import some
-from zolightning.optim.checks import require_choice, require_patterns
 
 Others = Literal["blocks", "always", "never"]
 

@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from zolightning.blocks.bandit import LearnedProbabilities
 from zolightning.blocks.orders import Cyclic, Order, Turn
 from zolightning.blocks.partition import Blocks
+from zolightning.checks import require_choice, require_integer
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
-from zolightning.optim.checks import require_choice, require_integer
 from zolightning.rank_zero import rank_zero_warn
 
 

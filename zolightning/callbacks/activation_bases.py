@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from zolightning.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.directions.basis import Basis
 from zolightning.directions.second_moment import Leading, Scaling, SecondMoment, scaled
 from zolightning.layers import LayerStack, find_layers
 from zolightning.messages import counted, some
-from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.input_moments import INPUT_DIM, InputMoments, Side

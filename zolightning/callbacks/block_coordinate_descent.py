@@ -15,9 +15,9 @@ from zolightning.blocks.orders import Cyclic, Order
 from zolightning.blocks.partition import Others, find_blocks
 from zolightning.blocks.schedule import BlockSchedule, require_same_settings, require_schedule, schedule_settings
 from zolightning.blocks.timeline import Timeline
+from zolightning.checks import require_choice, require_patterns
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
-from zolightning.optim.checks import require_choice, require_patterns
 from zolightning.partners import log_interval, log_number, tensorboards, zeroth_order_optimizer
 from zolightning.scopes.scope import scopes_of
 

@@ -7,8 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from zolightning.checks import require_integer, require_positive
 from zolightning.messages import counted
-from zolightning.optim.checks import require_integer, require_positive
 from zolightning.partners import zeroth_order_optimizer
 
 _RISEN = 3.0  # standard errors of the difference of two means

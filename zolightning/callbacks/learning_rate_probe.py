@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
+from zolightning.checks import require_integer, require_positive
 from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.checks import require_integer, require_positive
 from zolightning.optim.record import StepRecord
 from zolightning.partners import add_text, zeroth_order_optimizer
 from zolightning.scopes.calibration import calibration_batches

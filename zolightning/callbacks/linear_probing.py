@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from zolightning.checks import require_integer
 from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
 from zolightning.network.structure import pretrained_model
-from zolightning.optim.checks import require_integer
 from zolightning.partners import add_text, methods_of
 from zolightning.scopes.calibration import read_examples
 

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.optim.checks import require_choice
+from zolightning.checks import require_choice
 from zolightning.optim.momentum_transport import Transport
 from zolightning.partners import find_callbacks, log_number, subspace_optimizer
 

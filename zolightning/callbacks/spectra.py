@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from zolightning.checks import require_integer, require_patterns
 from zolightning.optim.bases import Matrix
-from zolightning.optim.checks import require_integer, require_patterns
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import subspace_optimizer, tensorboards

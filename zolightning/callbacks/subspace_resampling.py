@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.activation_bases import ActivationBases
+from zolightning.checks import require_integer
 from zolightning.messages import some
-from zolightning.optim.checks import require_integer
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import add_text, find_callbacks, log_number, subspace_optimizer
 

@@ -22,6 +22,7 @@ from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
 from zolightning.callbacks.step_refusals import gradients_of, refuse_backward, refuse_own_gradients, refuse_thawed
 from zolightning.callbacks.subspace_resampling import require_resampling
+from zolightning.checks import require_integer
 from zolightning.directions.dense import compute_dtype
 from zolightning.evaluation.fresh_batches import FreshBatches
 from zolightning.evaluation.losses import LossOutput
@@ -29,7 +30,7 @@ from zolightning.evaluation.nested import map_tensors
 from zolightning.evaluation.replaced import replaced
 from zolightning.optim import NonFiniteLossError, SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.base import Method
-from zolightning.optim.checks import require_integer, require_prefix
+from zolightning.optim.checks import require_prefix
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
 from zolightning.step import zeroth_order_step

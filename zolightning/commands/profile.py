@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zolightning.callbacks.linear_probing import CS, TOLERANCE, require_few_classes, require_probed
+from zolightning.checks import require_integer
 from zolightning.commands.configured_trainer import ConfiguredTrainer
 from zolightning.commands.metrics_files import as_json
 from zolightning.commands.output_folder import output_folder
@@ -72,12 +73,9 @@ def profile_layers(
     Raises:
         ValueError: naming the argument, its value and what is accepted.
     """
-    if num_prompts < 1:
-        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
-    if sensitivity_queries < 0:
-        raise ValueError(f"`sensitivity_queries` must be 0 for no scan, or more, got {sensitivity_queries}.")
-    if probe_every < 0:
-        raise ValueError(f"`probe_every` must be 0 for no probes, or more, got {probe_every}.")
+    require_integer("num_prompts", num_prompts)
+    require_integer("sensitivity_queries", sensitivity_queries, least=0)
+    require_integer("probe_every", probe_every, least=0)
     find_layers(model, layers_name)
     if probe_every:
         require_probed(model, "`probe_every`")

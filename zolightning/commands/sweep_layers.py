@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from zolightning.callbacks import TrainLayers, ZerothOrder
 from zolightning.callbacks.refusals import refuse_unsupported
+from zolightning.checks import require_integer
 from zolightning.commands.configured_trainer import SILENT, ConfiguredTrainer
 from zolightning.commands.output_folder import output_folder
 from zolightning.commands.plots import save_figure, sweep_figure
@@ -81,8 +82,7 @@ class _Sweep:
     output: str | None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        require_integer("steps", self.steps)
         refuse_quantized(self.module, "sweep-layers")
         self.stack = find_layers(self.module, self.layers_name)
         self.indices = _chosen(self.stack, self.layers)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
+from zolightning.checks import require_choice, require_integer
 from zolightning.data.batch import Batch, collate
 from zolightning.data.classification import ImageClassification
 from zolightning.data.encoding import Example, check_tokens
@@ -13,7 +14,7 @@ from zolightning.data.examples import Calibration, example_of, warn_of_cuts
 from zolightning.data.generation import Generation
 from zolightning.data.row import Row
 from zolightning.data.task import PromptTask
-from zolightning.data.task_datamodule import TaskDataModule, check_at_least
+from zolightning.data.task_datamodule import TaskDataModule
 from zolightning.data.task_files import TaskFields, chosen_task
 from zolightning.messages import counted
 
@@ -80,9 +81,9 @@ class PromptDataModule(TaskDataModule):
         self.calibration = calibration
         self.chat = chat
 
-        check_at_least(1, "max_length", max_length)
-        check_at_least(1, "pad_to_multiple_of", pad_to_multiple_of)
-        check_at_least(0, "num_demonstrations", num_demonstrations)
+        require_integer("data.max_length", max_length)
+        require_integer("data.pad_to_multiple_of", pad_to_multiple_of)
+        require_integer("data.num_demonstrations", num_demonstrations, least=0)
         if num_demonstrations and not isinstance(self.task, PromptTask):
             raise ValueError(f"`data.num_demonstrations` needs prompts and answers; task {self.task.name} has none.")
         self._num_sampled = self.num_train
@@ -101,8 +102,8 @@ class PromptDataModule(TaskDataModule):
             )
         if demonstrations_per_row and not num_demonstrations:
             raise ValueError("`data.demonstrations_per_row` is True, but `data.num_demonstrations` is 0.")
-        if calibration is not None and calibration not in get_args(Calibration):
-            raise ValueError(f"`data.calibration` must be one of {get_args(Calibration)}, got {calibration!r}.")
+        if calibration is not None:
+            require_choice("data.calibration", calibration, get_args(Calibration))
         if calibration is not None and getattr(self.task, "content_free_prompt", None) is None:
             raise ValueError(
                 f"`data.calibration` needs a `content_free_prompt`, of which task {self.task.name} has none."

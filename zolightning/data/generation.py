@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from zolightning.checks import require_integer
 from zolightning.data.task import PromptTask
 from zolightning.data.templates import check_template, fill, template_fields
 
@@ -41,8 +42,7 @@ class Generation(PromptTask):
         check_template("answer", self.answer)
         if not self.stop:
             raise ValueError("`stop` must be a text, such as a line break, got ''.")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens!r}.")
+        require_integer("max_new_tokens", self.max_new_tokens)
 
     @property
     def label_fields(self) -> frozenset[str]:

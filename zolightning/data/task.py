@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from zolightning.checks import require_integer
 from zolightning.data.templates import MASK, check_template, fill, guarded
 
 Objective = Literal["classification", "accuracy", "language_modeling", "regression"]
@@ -52,8 +53,7 @@ class Task(ABC):
     def __post_init__(self) -> None:
         self._check_strings("name")
         for key in ("num_train", "num_validation", "num_test"):
-            if not isinstance(number := getattr(self, key), int) or number < 1:
-                raise ValueError(f"`{key}` must be at least 1, got {number!r}.")
+            require_integer(key, getattr(self, key))
         if self.hub and self.folder:
             raise ValueError("`hub` and `folder` exclude each other: rows come from one of them.")
 

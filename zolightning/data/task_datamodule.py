@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from zolightning.checks import require_integer
 from zolightning.data.batching import Batches, BatchNumbers, LengthBuckets, TrainLoader, even_batches
 from zolightning.data.classification import LabelledTask
 from zolightning.data.row import Row
@@ -72,10 +73,10 @@ class TaskDataModule(L.LightningDataModule):
         self._examples: dict[str, list[Any]] = {}  # by the name of their split
 
         for name in ("batch_size", "eval_batch_size", "num_train", "num_validation", "num_test"):
-            check_at_least(1, name, getattr(self, name))
-        check_at_least(0, "num_workers", num_workers)
+            require_integer(f"data.{name}", getattr(self, name))
+        require_integer("data.num_workers", num_workers, least=0)
         if examples_per_class is not None:
-            check_at_least(1, "examples_per_class", examples_per_class)
+            require_integer("data.examples_per_class", examples_per_class)
             if not isinstance(task, LabelledTask):
                 raise ValueError(f"`data.examples_per_class` needs classes, of which task {task.name} has none.")
         if not 0 <= seed < 2**32:
@@ -186,9 +187,3 @@ class TaskDataModule(L.LightningDataModule):
                 f"{type(self).__name__} makes batches for a model: give both to `Trainer.fit` or the like."
             )
         return self.trainer
-
-
-def check_at_least(minimum: int, name: str, value: int) -> None:
-    """Raises ValueError for a setting of a data module that is too small."""
-    if value < minimum:
-        raise ValueError(f"`data.{name}` must be at least {minimum}, got {value}.")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zolightning.checks import require_integer, require_positive, require_share
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced
-from zolightning.optim.checks import require_integer, require_positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,7 @@ class Decoding:
         require_positive("decoding.temperature", self.temperature)
         require_integer("decoding.top_k", self.top_k, least=0)
         require_integer("decoding.num_beams", self.num_beams)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`decoding.top_p` must be above 0 and at most 1, got {self.top_p}.")
+        require_share("decoding.top_p", self.top_p)
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             raise ValueError(
                 "`decoding.do_sample` is False, so `temperature`, `top_k` and `top_p` have no effect: set it to True, "

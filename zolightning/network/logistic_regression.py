@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.checks import require_positive
+
 CS = tuple(10 ** (-4 + 8 * i / 9) for i in range(10))
 """Ten values from 1e-4 to 1e4, evenly spaced by their logarithms: scikit-learn's."""
 
@@ -60,8 +62,7 @@ def check_probe(cs: Sequence[float], tolerance: float) -> None:
     """Raises a ValueError that names an argument which :func:`fit_probe` cannot use."""
     if not cs or not all(c > 0 for c in cs):
         raise ValueError(f"`cs` must be at least one number above 0, got {cs!r}.")
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` must be above 0, got {tolerance!r}.")
+    require_positive("tolerance", tolerance)
 
 
 def fit(features: Tensor, targets: Tensor, num_classes: int, c: float, tolerance: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from zolightning.checks import require_choice, require_positive, require_seed
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import is_sharded
@@ -77,9 +78,9 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)  # Python's own error would name this class, which the user did not call
-        checks.require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
+        require_choice("update_precision", update_precision, UPDATE_PRECISIONS)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        checks.require_seed(seed)
+        require_seed(seed)
         estimator = TwoSided() if estimator is None else estimator
         if not isinstance(estimator, Estimator):
             raise ValueError(f"`estimator` must be an Estimator, such as TwoSided(), got {estimator!r}.")
@@ -110,8 +111,8 @@ class ZerothOrderOptimizer(NamedParameters, ABC):
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ValueError that names a hyperparameter of `group`, its value and what is accepted."""
-        checks.require_positive("lr", group.get("lr"))  # None where a method has left it out of its `defaults`
-        checks.require_positive("eps", group.get("eps"))
+        require_positive("lr", group.get("lr"))  # None where a method has left it out of its `defaults`
+        require_positive("eps", group.get("eps"))
         if group["eps"] != self.param_groups[0]["eps"]:
             raise ValueError("`eps` must be the same in all parameter groups: they share the losses of a step.")
         if not group.get("weight_decay", 0.0) >= 0:

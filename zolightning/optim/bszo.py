@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zolightning.checks import require_fraction, require_integer, require_positive
 from zolightning.directions.dense import Direction
-from zolightning.optim.checks import require_fraction, require_integer, require_positive
 from zolightning.optim.common import Common, Unpack
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.estimators import Estimator, OneSided

@@ -1,50 +1,12 @@
-"""Checks of what a method is given: hyperparameters and parameters."""
+"""Checks of what a method is attached to: settings that go together, and parameters that it can train."""
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from zolightning.directions.shards import require_rows
 from zolightning.kernels.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raises a ValueError that names the argument unless `value` is a finite number above zero."""
-    if not (isinstance(value, int | float | Tensor) and math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Raises a ValueError that names the argument unless `value` lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}.")
-
-
-def require_integer(name: str, value: int, least: int = 1) -> None:
-    """Raises a ValueError that names the argument unless `value` is an integer, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer, at least {least}, got {value!r}.")
-
-
-def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises a ValueError that names the argument unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-
-
-def require_patterns(patterns: Sequence[str]) -> None:
-    """Raises a ValueError unless these are regular expressions, one at least."""
-    if isinstance(patterns, str) or not patterns:
-        raise ValueError(f"`patterns` must be a list of at least one regular expression, got {patterns!r}.")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"`patterns` has '{pattern}', which is not a regular expression: {error}.") from None
 
 
 def require_batching(evaluations_per_forward: int, estimator: Estimator) -> None:
@@ -77,12 +39,6 @@ def refuse_with_shards(settings: Iterable[tuple[str, object, str]]) -> None:
             f"`{name}` is {value}, which does not support parameters that are sharded over ranks. Use {accepted}, or a "
             "strategy under which every rank holds all of them ('zo_ddp')."
         )
-
-
-def require_seed(seed: int) -> None:
-    """Raises a ValueError unless `seed` is an integer of at most 64 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"`seed` must be an integer of at most 64 bits, got {seed!r}.")
 
 
 def require_trainable(names: Mapping[nn.Parameter, str]) -> None:

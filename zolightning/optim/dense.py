@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zolightning.checks import require_choice
 from zolightning.directions.dense import Direction, directions
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
-from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import State
 from zolightning.optim.record import StepRecord
 

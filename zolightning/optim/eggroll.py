@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.checks import require_choice, require_integer
 from zolightning.directions.basis import Basis
 from zolightning.directions.dense import Direction, compute_dtype, directions
 from zolightning.directions.low_rank import LowRank
@@ -14,7 +15,6 @@ from zolightning.directions.shards import first_element
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.bases import BasisKind, Matrix
-from zolightning.optim.checks import require_choice, require_integer
 from zolightning.optim.common import Basic, Unpack
 from zolightning.optim.cores import lift_in_pieces
 from zolightning.optim.drawn import drawn

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from zolightning.checks import require_choice, require_fraction
 from zolightning.directions.perturbation import Perturbation
-from zolightning.optim.checks import require_choice, require_fraction
 from zolightning.optim.common import CommonAndQueries, Unpack
 from zolightning.optim.curvature import (
     CurvatureEstimate,

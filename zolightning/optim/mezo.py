@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zolightning.checks import require_fraction
 from zolightning.directions.dense import Direction
-from zolightning.optim.checks import require_fraction
 from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseDescent
 from zolightning.optim.moments import descend

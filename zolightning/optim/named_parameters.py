@@ -9,13 +9,13 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from zolightning.checks import require_choice
 from zolightning.directions.dense import Direction, of_own_rows
 from zolightning.directions.shards import first_element, is_sharded, own_rows
 from zolightning.directions.slices import Slice
 from zolightning.kernels.bfloat16 import read_split
 from zolightning.kernels.noise import key as noise_key
 from zolightning.optim.blocks import LeftState, ParameterBlocks
-from zolightning.optim.checks import require_choice
 from zolightning.optim.precision import EXTRA_BITS, State, UpdatePrecision, as_contiguous
 from zolightning.optim.settings import require_same_settings, settings_of
 from zolightning.optim.stochastic_rounding import round_stochastically

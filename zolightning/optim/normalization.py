@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from zolightning.optim.checks import require_fraction, require_positive
+from zolightning.checks import require_fraction, require_positive
 
 RUNNING_MEAN = {"mean_square": 0.0, "mean_square_weight": 0.0}  # entries of a parameter group, before the first step
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from zolightning.optim.checks import require_integer
+from zolightning.checks import require_integer
 from zolightning.rank_zero import rank_zero_warn
 
 _GIVEN = ("total_steps", "warmup", "decay", "final")

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zolightning import kernels
+from zolightning.checks import require_choice
 from zolightning.directions.dense import Direction
 from zolightning.directions.masked import MagnitudeMasked, Masked, PackedMask, RandomMask, packed
 from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import own_rows, whole
 from zolightning.kernels.compiled import chunk_size, chunks
 from zolightning.kernels.noise import key
-from zolightning.optim.checks import require_choice
 from zolightning.optim.common import DenseSettings, Unpack
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.precision import add_tensor, as_contiguous, stored

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zolightning.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.directions.autocast import autocast_dtype
 from zolightning.directions.dense import Direction, directions
 from zolightning.directions.low_rank import LowRank
@@ -14,7 +15,6 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.messages import counted, some
 from zolightning.optim.bases import Matrix
-from zolightning.optim.checks import require_choice, require_fraction, require_integer, require_positive
 from zolightning.optim.moments import descend, smoothed
 from zolightning.optim.momentum_transport import Transport
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization

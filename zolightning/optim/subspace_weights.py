@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from zolightning.checks import require_choice
 from zolightning.directions.autocast import without_autocast
 from zolightning.directions.basis import Basis, Sides
 from zolightning.directions.dense import compute_dtype
@@ -16,7 +17,6 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.shards import first_element, own_rows
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.bases import ANCHORED, GIVEN, BasisKind, Matrix, require_factors
-from zolightning.optim.checks import require_choice
 from zolightning.optim.cores import lift_in_pieces
 from zolightning.optim.momentum_transport import momentum_of, transport_momentum
 from zolightning.optim.offload import add_offloaded, to_host

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from zolightning.checks import require_choice
 from zolightning.optim.bases import Matrix
-from zolightning.optim.checks import require_choice
 from zolightning.optim.common import SubspaceSettings, Unpack
 from zolightning.optim.subspace import SubspaceOptimizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolightning.optim.checks import require_integer
+from zolightning.checks import require_integer
 from zolightning.optim.common import SubspaceAndEstimator, Unpack
 from zolightning.optim.orthogonalization import power_iteration
 from zolightning.optim.precision import State

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from zolightning.optim.checks import require_choice
+from zolightning.checks import require_choice
 from zolightning.optim.common import SubspaceAndEstimator, Unpack
 from zolightning.optim.orthogonalization import msign, newton_schulz
 from zolightning.optim.precision import State

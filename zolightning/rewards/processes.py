@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zolightning.checks import require_integer, require_positive
 from zolightning.rank_zero import rank_zero_warn
 from zolightning.rewards.reward import Reward, as_number, check_references, check_signature
 
@@ -35,10 +36,8 @@ class InProcesses:
     def __init__(
         self, reward: Callable[[str, Sequence[str]], float], processes: int = 2, timeout: float = 10.0
     ) -> None:
-        if processes < 1:
-            raise ValueError(f"`processes` must be at least 1, got {processes}.")
-        if not timeout > 0:
-            raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
+        require_integer("processes", processes)
+        require_positive("timeout", timeout)
         check_signature(reward)
         try:
             pickle.dumps(reward)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from zolightning.checks import require_integer, require_positive
 from zolightning.rank_zero import rank_zero_warn
 
 _BLOCK = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -59,12 +60,9 @@ class UnitTests:
     """
 
     def __init__(self, timeout: float = 10.0, processes: int = 2, memory_mib: int = 1024) -> None:
-        if not timeout > 0:
-            raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
-        if processes < 1:
-            raise ValueError(f"`processes` must be at least 1, got {processes}.")
-        if memory_mib < 64:
-            raise ValueError(f"`memory_mib` must be at least 64, which Python itself needs, got {memory_mib}.")
+        require_positive("timeout", timeout)
+        require_integer("processes", processes)
+        require_integer("memory_mib", memory_mib, least=64)  # which Python itself needs
         self.timeout = timeout
         self.processes = processes
         self.memory_mib = memory_mib

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import nn
 
+from zolightning.checks import require_integer
 from zolightning.layers import LayerStack, find_layers
-from zolightning.optim.checks import require_integer
 from zolightning.scopes.activation_profile import ActivationProfile, profile_activations
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import Part, WholeLayer

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.checks import require_integer, require_positive, require_share
 from zolightning.directions.slices import Slice
 from zolightning.layers import LayerStack, mlp_of
 from zolightning.network.adapters import (
@@ -20,7 +21,6 @@ from zolightning.network.adapters import (
     differences,
     lora_settings,
 )
-from zolightning.optim.checks import require_integer
 from zolightning.scopes.token_mask import TokenMask
 
 ChosenParameters = dict[nn.Parameter, Slice | None]
@@ -80,7 +80,7 @@ class OutlierChannels(Part):
     """
 
     def __init__(self, fraction: float = 0.01) -> None:
-        _check_fraction(fraction)
+        require_share("fraction", fraction)
         self.fraction = fraction
 
     def select(
@@ -103,7 +103,7 @@ class WithoutOutlierChannels(Part):
     """
 
     def __init__(self, fraction: float = 0.01, within: Part | None = None) -> None:
-        _check_fraction(fraction)
+        require_share("fraction", fraction)
         self.fraction = fraction
         self.within = WholeLayer() if within is None else within
         if not isinstance(self.within, WholeLayer | MLP):
@@ -139,8 +139,7 @@ class LoRA(Part):
 
     def __init__(self, rank: int = 8, alpha: float = 16.0, target_modules: list[str] | None = None) -> None:
         require_integer("rank", rank)
-        if not alpha > 0:
-            raise ValueError(f"`alpha` must be above 0, got {alpha!r}.")
+        require_positive("alpha", alpha)
         if target_modules is not None and not target_modules:
             raise ValueError("`target_modules` is empty: name at least one linear map, or leave it out.")
         self.rank = rank
@@ -242,8 +241,3 @@ def require_adapter(part: Part, model: Any, rank: int, alpha: float, targets: Se
             f"`part` is {part!r}, but the model has another adapter already: {differences(present, wanted)}. Load the "
             "model again, or train the adapter that it has, without a scope."
         )
-
-
-def _check_fraction(fraction: float) -> None:
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction!r}.")

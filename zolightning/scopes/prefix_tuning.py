@@ -3,10 +3,10 @@
 import lightning as L
 from lightning.pytorch.plugins.precision import HalfPrecision
 
+from zolightning.checks import require_integer
 from zolightning.messages import counted
 from zolightning.network.adapters import PREFIX, adapter_settings, add_adapter, differences
 from zolightning.network.prefix import prefix_of
-from zolightning.optim.checks import require_integer
 from zolightning.scopes.scope import Scope, Selection
 from zolightning.scopes.train_head import require_pretrained_model
 

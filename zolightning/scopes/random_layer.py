@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from zolightning.checks import require_seed
 from zolightning.kernels.noise import key
 from zolightning.layers import LayerStack
-from zolightning.optim.checks import require_seed
 from zolightning.scopes.activation_profile import ActivationProfile
 from zolightning.scopes.layer_scope import ChosenLayers, LayerScope
 from zolightning.scopes.parts import Part

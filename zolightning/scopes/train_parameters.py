@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 
 import lightning as L
 
-from zolightning.optim.checks import require_patterns
+from zolightning.checks import require_patterns
 from zolightning.partners import callbacks_of
 from zolightning.scopes.scope import Scope, Selection
 

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, device
 from torch.distributed import ReduceOp
 
+from zolightning.checks import require_integer
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.optim.checks import require_integer
 from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit, with_exact_mean
 
 
