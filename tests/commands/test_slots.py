@@ -223,7 +223,7 @@ def test_fields_that_nothing_reads_or_that_stand_twice(
     [
         ("--method MeZO --method.lr -1", "`lr` must be a positive number, got -1.0"),
         ("--method MeZO --transport.how keep", "`transport` is given, but MeZO keeps no momentum"),
-        (f"--method LOZO {ONE_CYCLE}", "`lr_scheduler` changes `betas`, as OneCycleLR does by default, but LOZO"),
+        (f"--method LOZO {ONE_CYCLE}", "`lr_scheduler` is OneCycleLR, which has set `momentum` to 0.95, but LOZO"),
         (f"--method EGGROLL {ONE_CYCLE}", "`lr_scheduler` does not go with EGGROLL: optimizer must support momentum"),
     ],
 )

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checks import require_choice
+from zolightning.optim.moments import keeps_moments
 from zolightning.optim.momentum_transport import Transport
 from zolightning.partners import find_callbacks, log_number, subspace_optimizer
 
@@ -44,7 +45,7 @@ class MomentumTransport(Callback):
                 "momentum is transported only once. Keep one."
             )
         for group in optimizer.param_groups:
-            if not (group["momentum"] or group.get("betas")):
+            if not keeps_moments(group):
                 raise MisconfigurationException(
                     f"MomentumTransport has nothing to transport: {type(optimizer).__name__} keeps no momentum here. "
                     "Set its `momentum` above 0, or leave MomentumTransport out."

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from zolightning.evaluation.losses import loss_and_terms
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.moments import keeps_moments
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.scopes.calibration import calibration_forward
@@ -96,7 +97,7 @@ class ReplayedWalks:
     ) -> None:
         last, groups = records[-1], optimizer.param_groups
         usable = [record for record in records if (record.refresh, record.blocks) == (last.refresh, last.blocks)]
-        has_momentum = any(group.get("momentum") or group.get("betas") for group in groups)
+        has_momentum = any(map(keeps_moments, groups))
         is_single = not has_momentum and not isinstance(optimizer, SubspaceOptimizer)
         self._walks = [[record] for record in usable] if is_single else _signed(usable, last.seed)
         self.length = len(self._walks[0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zolightning.checks import require_integer, require_patterns
 from zolightning.optim.bases import Matrix
+from zolightning.optim.moments import keeps_moments
 from zolightning.optim.momentum_transport import momentum_of
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import subspace_optimizer, tensorboards
@@ -65,7 +66,7 @@ class Spectra(Callback):
                     f"`patterns` has '{pattern}', which matches no matrix that trains in a subspace. Some of these: "
                     f"{', '.join(list(_matrices(optimizer))[:8]) or 'none'}."
                 )
-        if "momentum" in self.sources and not any(g["momentum"] or g.get("betas") for g in optimizer.param_groups):
+        if "momentum" in self.sources and not any(map(keeps_moments, optimizer.param_groups)):
             raise MisconfigurationException(
                 "`sources` has 'momentum', but the method keeps none. Set its `momentum` above 0, or leave it out."
             )

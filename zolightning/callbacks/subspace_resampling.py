@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from zolightning.callbacks.activation_bases import ActivationBases
 from zolightning.checks import require_integer
 from zolightning.messages import some
+from zolightning.optim.moments import keeps_moments
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import add_text, find_callbacks, log_number, subspace_optimizer
 
@@ -62,7 +63,7 @@ class SubspaceResampling(Callback):
     def check_anchor(self, optimizer: SubspaceOptimizer) -> None:
         """Raises a MisconfigurationException if the momentum has fewer directions that could stay, or there is none."""
         for group in optimizer.param_groups:
-            if self.anchor and not (group["momentum"] or group.get("betas")):
+            if self.anchor and not keeps_moments(group):
                 raise MisconfigurationException(
                     f"`anchor` is {self.anchor}, but the method keeps no momentum whose directions could stay. "
                     "Set its `momentum` above 0, or `anchor` to 0."

@@ -28,6 +28,7 @@ from zolightning.callbacks.refusals import made_scheduler
 from zolightning.commands.checks import check_method
 from zolightning.optim import SubspaceOptimizer, ZerothOrderOptimizer
 from zolightning.optim.base import Method
+from zolightning.optim.moments import keeps_moments
 from zolightning.scopes import Scope
 
 OF_A_METHOD = ("lr_scheduler", "resampling", "transport")  # dropped when another method replaces it
@@ -138,7 +139,7 @@ def _of_a_subspace(
     """The callbacks for resampling and transport: the given ones, or default ones if the method needs them."""
     name = type(optimizer).__name__
     is_subspace = isinstance(optimizer, SubspaceOptimizer)
-    has_momentum = is_subspace and bool(optimizer.param_groups[0]["momentum"] or optimizer.param_groups[0]["betas"])
+    has_momentum = is_subspace and keeps_moments(optimizer.param_groups[0])
     if is_subspace and made.resampling is not None:
         made.resampling.check_anchor(optimizer)
     found: list[Callback] = []

@@ -17,6 +17,11 @@ from zolightning.optim.precision import State, UpdatePrecision, stored_each
 _DENOMINATOR_EPS = 1e-8  # Adam's epsilon, where a method has no setting for it
 
 
+def keeps_moments(group: Mapping[str, Any]) -> bool:
+    """Whether the method's settings for a group of parameters ask for a momentum, or for Adam's moments."""
+    return bool(group.get("momentum") or group.get("betas"))
+
+
 def descend(
     weights: Sequence[Tensor],
     states: Sequence[State],

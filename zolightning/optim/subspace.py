@@ -15,7 +15,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.messages import counted, some
 from zolightning.optim.bases import Matrix
-from zolightning.optim.moments import descend, smoothed
+from zolightning.optim.moments import descend, keeps_moments, smoothed
 from zolightning.optim.momentum_transport import Transport
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
 from zolightning.optim.precision import State
@@ -315,7 +315,7 @@ class SubspaceOptimizer(SubspaceWeights):
         if not group["vector_lr_ratio"]:
             return
         lr *= group["vector_lr_ratio"]
-        scale = 1.0 if group["momentum"] or group.get("betas") else -lr
+        scale = 1.0 if keeps_moments(group) else -lr
         scaled = {query: scale * value for query, value in coefficients.items()}
         gradients = directions(vectors, record.seed, record.step, scaled, self.noise)
         with self.to_move(vectors.values(), gradients.values()) as (weights, states, moves):
