@@ -52,7 +52,7 @@ class Foreign(DenseOptimizer):
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks": (
         partial(MeZO, lr=1e-2, num_queries=2, momentum=0.5, weight_decay=0.1),
-        {"precision": "bf16-true", "blocks": ["net.layers.0", "net.layers.1"], "bad_step": 0},
+        {"precision": "bf16-true", "exact": True, "blocks": ["net.layers.0", "net.layers.1"], "bad_step": 0},
     ),
     "factors": (
         partial(LOZO, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-3),
@@ -92,7 +92,7 @@ class Layer(nn.Module):
         self.unused = nn.Parameter(torch.ones(2, 2))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + self.gate * self.down(torch.tanh(self.up(self.norm(inputs))))
+        return inputs + self.gate.to(inputs.dtype) * self.down(torch.tanh(self.up(self.norm(inputs))))
 
 
 class Network(nn.Module):
@@ -127,11 +127,17 @@ class Head(nn.Module):
 
 class Module(L.LightningModule):
     def __init__(
-        self, own: bool = False, frozen: str | None = None, bad_step: int | None = None, head: bool = False, **_: Any
+        self,
+        own: bool = False,
+        frozen: str | None = None,
+        bad_step: int | None = None,
+        head: bool = False,
+        exact: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__()
         torch.manual_seed(0 if own else int(os.environ.get("LOCAL_RANK", 0)))  # other ranks are given those of rank 0
-        self.net, self.own, self.bad_step = Network(), own, bad_step
+        self.net, self.own, self.bad_step, self.exact = Network(), own, bad_step, exact
         self.head = Head() if head else nn.Identity()
         for name, parameter in self.net.layers.named_parameters():
             parameter.requires_grad_(frozen is None or not name.startswith(frozen))
@@ -145,6 +151,13 @@ class Module(L.LightningModule):
                 fully_shard(layer, mesh=mesh)
             first.to_empty(device="cpu")
             set_model_state_dict(first, whole, options=StateDictOptions(full_state_dict=True))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        exact = {layer.gate: layer.gate.detach() for layer in self.net.layers if self.exact}
+        super()._apply(*args, **kwargs)
+        for parameter, values in exact.items():  # it stays float32, as routers of some networks do
+            parameter.data = values
+        return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)

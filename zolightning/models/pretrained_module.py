@@ -23,6 +23,7 @@ from zolightning.network.adapter_folders import load_adapter, save_adapter
 from zolightning.network.adapters import adapter_settings
 from zolightning.network.early_exit import keep_first_layers
 from zolightning.network.head import load_rows_dict, rows_dict, set_rows
+from zolightning.network.kept_precision import exact_parts
 from zolightning.network.quantization import (
     Quantization,
     forget_originals,
@@ -31,7 +32,6 @@ from zolightning.network.quantization import (
     refuse_training_all,
     require_quantization,
 )
-from zolightning.network.rotary import exact_frequencies
 from zolightning.network.structure import restore_structure, structure_of
 from zolightning.optim.schedules import WarmupDecay
 
@@ -267,7 +267,7 @@ class PretrainedModule(L.LightningModule):
             refuse_other_weights(self, checkpoint["state_dict"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with exact_frequencies(self):  # from a precision of the Trainer
+        with exact_parts(self.model):  # from a precision of the Trainer
             return super()._apply(fn, recurse)
 
     @property

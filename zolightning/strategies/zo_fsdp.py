@@ -108,13 +108,17 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         parts: list[nn.Module] = [*layers]
         with suppress(ValueError):  # if the module itself holds the layers, the rest of it is not sharded
             parts += networks_of(module, chain(*(layer.parameters() for layer in layers)))[:1]
+        kept: set[nn.Parameter] = set()
         for part in (*parts, module):
             part.to(self.root_device)
             for tensor in chain(part.parameters(), part.buffers()):
                 if not is_sharded(tensor):
                     torch.distributed.broadcast(tensor.detach(), src=0)
             if part is not module:
-                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+                own = {p for p in part.parameters() if p.is_floating_point() and not is_sharded(p)} - kept
+                if len({p.dtype for p in own}) > 1:  # which FSDP does not shard together; few stay float32 in a network
+                    kept |= {p for p in own if p.dtype == torch.float32}
+                fully_shard(part, mesh=self.device_mesh["data_parallel"], ignored_params=kept)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
         """As in Lightning's base class, but without rounding means of integers."""
