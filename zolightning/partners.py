@@ -18,7 +18,7 @@ def methods_of(trainer: L.Trainer) -> list[ZerothOrderOptimizer]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZerothOrderOptimizer)]
 
 
-def zeroth_order_optimizer(trainer: L.Trainer, callback: str) -> ZerothOrderOptimizer:
+def zeroth_order_optimizer(trainer: L.Trainer, callback: Callback) -> ZerothOrderOptimizer:
     """The zeroth-order method that a Trainer runs.
 
     Raises:
@@ -26,11 +26,11 @@ def zeroth_order_optimizer(trainer: L.Trainer, callback: str) -> ZerothOrderOpti
     """
     for method in methods_of(trainer):
         return method
-    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
-    raise MisconfigurationException(f"{callback} needs a zeroth-order method (the ZerothOrder callback), got {found}.")
+    name, found = type(callback).__name__, _optimizer_names(trainer)
+    raise MisconfigurationException(f"{name} needs a zeroth-order method (the ZerothOrder callback), got {found}.")
 
 
-def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
+def subspace_optimizer(trainer: L.Trainer, callback: Callback) -> SubspaceOptimizer:
     """The subspace method that a Trainer runs.
 
     Raises:
@@ -39,11 +39,15 @@ def subspace_optimizer(trainer: L.Trainer, callback: str) -> SubspaceOptimizer:
     for method in methods_of(trainer):
         if isinstance(method, SubspaceOptimizer):
             return method
-    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+    name, found = type(callback).__name__, _optimizer_names(trainer)
     raise MisconfigurationException(
-        f"{callback} needs a subspace method (LOZO, GRZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
-        f"Choose one of them, or leave {callback} out."
+        f"{name} needs a subspace method (LOZO, GRZO, SubZero, SubspaceMeZO, ZOMuon, ZOMOPI), got {found}. "
+        f"Choose one of them, or leave {name} out."
     )
+
+
+def _optimizer_names(trainer: L.Trainer) -> str:
+    return ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
 
 
 def callbacks_of(trainer: L.Trainer) -> list[Callback]:

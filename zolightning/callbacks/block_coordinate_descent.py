@@ -114,7 +114,7 @@ class BlockCoordinateDescent(Callback):
             self._make_schedule(pl_module, [p for p in pl_module.parameters() if p.requires_grad])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        optimizer = zeroth_order_optimizer(trainer, self)
         self.schedule = self._make_schedule(pl_module, [parameter for _, _, parameter in optimizer.trainable()])
         blocks = self.schedule.blocks
         self.timeline = Timeline(len(blocks), start=optimizer.param_groups[0]["step"])
@@ -126,10 +126,10 @@ class BlockCoordinateDescent(Callback):
         rank_zero_info(f"BlockCoordinateDescent: {self.describe()}; {min(sizes):,} to {max(sizes):,} parameters each.")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._evaluates = not zeroth_order_optimizer(trainer, type(self).__name__).is_replaying
+        self._evaluates = not zeroth_order_optimizer(trainer, self).is_replaying
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer, schedule = zeroth_order_optimizer(trainer, type(self).__name__), self.schedule
+        optimizer, schedule = zeroth_order_optimizer(trainer, self), self.schedule
         assert schedule is not None, "`on_fit_start` makes it"
         record = optimizer.record
         if record is None:

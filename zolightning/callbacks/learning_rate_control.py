@@ -59,10 +59,10 @@ class LearningRateControl(Callback):
         self._lowest: float | None = None  # scale
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        zeroth_order_optimizer(trainer, type(self).__name__)
+        zeroth_order_optimizer(trainer, self)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        optimizer = zeroth_order_optimizer(trainer, self)
         record, scale = optimizer.record, optimizer.lr_scale
         if record is None or not record.projected_grads or not any(record.lr):  # skipped, or a probe is measuring
             return

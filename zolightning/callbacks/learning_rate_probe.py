@@ -86,7 +86,7 @@ class LearningRateProbe(Callback):
             self._refuse_if_short(steps)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        optimizer = zeroth_order_optimizer(trainer, self)
         if "lr_scale" in optimizer.param_groups[0]:  # from a checkpoint
             if self._has_measured(optimizer):  # which was saved after an error in the walks
                 self._set_rate(trainer, pl_module, optimizer)
@@ -96,7 +96,7 @@ class LearningRateProbe(Callback):
         optimizer.lr_scale = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        optimizer = zeroth_order_optimizer(trainer, self)
         record = optimizer.record
         if optimizer.lr_scale or record is None or not record.projected_grads:
             return

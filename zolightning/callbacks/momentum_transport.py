@@ -37,7 +37,7 @@ class MomentumTransport(Callback):
         self.how = how
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         found = [callback.how for callback in find_callbacks(trainer, MomentumTransport)]
         if len(found) > 1:
             raise MisconfigurationException(
@@ -53,6 +53,6 @@ class MomentumTransport(Callback):
             group["transport"] = self.how
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         if optimizer.momentum_kept is not None:
             log_number(pl_module, "zo/momentum_kept", optimizer.momentum_kept)

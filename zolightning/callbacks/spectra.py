@@ -59,7 +59,7 @@ class Spectra(Callback):
         self._gradients: dict[str, Tensor] = {}  # singular values of the step's true gradients, kept until its end
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         for pattern in self.patterns:
             if not any(re.search(pattern, name) for name in _matrices(optimizer)):
                 raise MisconfigurationException(
@@ -72,14 +72,14 @@ class Spectra(Callback):
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         if "gradient" in self.sources and optimizer.param_groups[0]["step"] % self.every_n_steps == 0:
             chosen = {name: parameter for name, (parameter, _) in self._chosen(optimizer).items()}
             self._gradients = first_order_spectra(trainer, pl_module, optimizer, chosen, batch)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         record = optimizer.record
         if record is None or record.step % self.every_n_steps or not record.projected_grads:
             return

@@ -1,16 +1,23 @@
-"""Refuses steps that ZerothOrder cannot take: of parameters that its method does not hold, or with gradients in them.
+"""Refuses steps that ZerothOrder cannot take: of parameters that its method does not hold, or with a backward pass.
 
 A MisconfigurationException says what was found, and what to do instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
 from zolightning.messages import some
+
+_NOTE = (
+    "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
+    "batch. If the network returns losses only in train mode, call its `.train()` in `training_step`.)"
+)
 
 
 def refuse_thawed(module: L.LightningModule, method: Optimizer, left_out: Iterable[nn.Parameter]) -> None:
@@ -43,17 +50,28 @@ def refuse_own_gradients(module: L.LightningModule, error: RuntimeError) -> None
         ) from error
 
 
-def gradients_of(module: L.LightningModule) -> list[tuple[int, int] | None]:
-    """For each parameter, numbers that change whenever its gradient does, so that no values have to be compared."""
-    gradients = (parameter.grad for parameter in module.parameters())
-    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+@contextmanager
+def evaluating(module: L.LightningModule, differentiates: bool) -> Iterator[None]:
+    """A context for an evaluation of ``training_step``, with gradients enabled only if it `differentiates` itself.
 
-
-def refuse_backward(module: L.LightningModule, before: list[tuple[int, int] | None]) -> None:
-    """Raises a MisconfigurationException if gradients are not those that :func:`gradients_of` has seen `before`."""
-    if gradients_of(module) != before:
+    Its errors get a note that says how it is evaluated, and a call of ``backward`` is refused.
+    """
+    before = _gradients_of(module) if differentiates else None
+    try:
+        with torch.set_grad_enabled(differentiates):
+            yield
+    except Exception as error:
+        error.add_note(_NOTE)
+        raise
+    if before is not None and _gradients_of(module) != before:
         raise MisconfigurationException(
             f"`training_step` of {type(module).__name__} calls `backward()`, but ZerothOrder trains on the loss that "
             "it returns: nothing would read these gradients. Remove the call. An optimizer of your own can step in "
             "`on_train_batch_end`, under `torch.enable_grad()`."
         )
+
+
+def _gradients_of(module: L.LightningModule) -> list[tuple[int, int] | None]:
+    """For each parameter, numbers that change whenever its gradient does, so that no values have to be compared."""
+    gradients = (parameter.grad for parameter in module.parameters())
+    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]

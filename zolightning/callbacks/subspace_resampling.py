@@ -55,7 +55,7 @@ class SubspaceResampling(Callback):
                 f"`trainer.callbacks` has {len(intervals)} SubspaceResampling callbacks, with `interval` {intervals}: "
                 "each would draw bases. Keep one."
             )
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         self.check_anchor(optimizer)
         for group in optimizer.param_groups:
             group["anchor"] = self.anchor
@@ -76,7 +76,7 @@ class SubspaceResampling(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        optimizer = subspace_optimizer(trainer, type(self).__name__)
+        optimizer = subspace_optimizer(trainer, self)
         is_due = bool(optimizer.param_groups[0]["step"]) and self.is_due(trainer, optimizer)
         is_first = self.bases is not None and not optimizer.has_given
         if self.bases is not None and (is_first or (is_due and self.bases.refresh)):

@@ -20,7 +20,7 @@ from zolightning.callbacks.folding import choose_folding
 from zolightning.callbacks.micro_batches import evaluate_in_parts, in_examples, with_num_terms
 from zolightning.callbacks.own_optimizer import OwnOptimizer
 from zolightning.callbacks.refusals import made_scheduler, refuse_module, refuse_unsupported
-from zolightning.callbacks.step_refusals import gradients_of, refuse_backward, refuse_own_gradients, refuse_thawed
+from zolightning.callbacks.step_refusals import evaluating, refuse_own_gradients, refuse_thawed
 from zolightning.callbacks.subspace_resampling import require_resampling
 from zolightning.checks import require_integer
 from zolightning.directions.dense import compute_dtype
@@ -38,10 +38,6 @@ from zolightning.strategies.ranks import layout_of
 from zolightning.training_loop import is_validation_next
 
 _COUNTERS = ("step", "refresh", "folds")  # of a method, which determine its directions and bases
-_NOTE = (
-    "(Raised in `training_step` while ZerothOrder evaluated it: in evaluation mode, without gradients, several times a "
-    "batch. If the network returns losses only in train mode, call its `.train()` in `training_step`.)"
-)
 
 
 class ZerothOrder(Callback):
@@ -241,15 +237,8 @@ class ZerothOrder(Callback):
 
         def loss(part: Any = batch, size: int | None = self.micro_batch_size) -> LossOutput:
             nonlocal first
-            gradients = gradients_of(pl_module) if self._differentiates else None
-            try:
-                with torch.set_grad_enabled(self._differentiates):
-                    output = training_step(part) if size is None else evaluate_in_parts(training_step, part, size)
-            except Exception as error:
-                error.add_note(_NOTE)
-                raise
-            if gradients is not None:
-                refuse_backward(pl_module, gradients)
+            with evaluating(pl_module, self._differentiates):
+                output = training_step(part) if size is None else evaluate_in_parts(training_step, part, size)
             if evaluator.is_first:
                 first = map_tensors(Tensor.detach, output)
             return with_num_terms(output, part, pl_module.device)

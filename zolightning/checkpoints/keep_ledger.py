@@ -108,7 +108,7 @@ class KeepLedger(Callback):
             self._checkpoint = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._optimizer = optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        self._optimizer = optimizer = zeroth_order_optimizer(trainer, self)
         taken: list[StepRecord] = []
         if not is_dry_run(trainer):
             is_writer = trainer.is_global_zero

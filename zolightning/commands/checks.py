@@ -74,18 +74,8 @@ def check_settings(config: Namespace, subcommand: str) -> None:
         ValueError: naming the setting, its value and what is accepted.
     """
     trainer = config.trainer
-    if subcommand == "fit" and not trainer.fast_dev_run:
-        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and trainer.max_time is None:
-            raise ValueError(
-                f"`trainer.max_steps` is -1 and `trainer.max_epochs` is {trainer.max_epochs}: the run would not end. "
-                "Set one of them, or `trainer.max_time`."
-            )
-        if trainer.max_steps == 0:
-            raise ValueError("`trainer.max_steps` is 0: nothing would be trained. Set it to 1 or more.")
-        if trainer.max_epochs == 0:
-            raise ValueError("`trainer.max_epochs` is 0: nothing would be trained. Set it to 1 or more.")
-        if trainer.limit_train_batches == 0:
-            raise ValueError("`trainer.limit_train_batches` is 0: nothing would be trained. Set it to 1 or more.")
+    if subcommand == "fit":
+        _check_fit(config)
     interval = trainer.val_check_interval
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(
@@ -97,15 +87,6 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             f"`trainer.val_check_interval` is {interval}, a share of an epoch, and `trainer.check_val_every_n_epoch` "
             "is null, so that it must be a whole number of batches. Set the latter to 1, or give such a number."
         )
-    model = config.model.get("init_args", {})
-    quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
-    if subcommand == "fit" and quantization is not None and not is_chosen and not trainer.callbacks:
-        raise ValueError(
-            f"`model.quantization` is {quantization!r}, which freezes weights, but no `scope` says what else trains. "
-            "Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave `quantization` out."
-        )
-    if subcommand == "fit" and config.keep_ledger and config.method is not None:
-        _refuse_remote_ledger(config)
     for path in _folders(config):
         require_writable(*path)
     if subcommand == "predict":
@@ -113,6 +94,28 @@ def check_settings(config: Namespace, subcommand: str) -> None:
         if predictions.is_dir():
             raise ValueError(f"`predictions.path` is {predictions}, which is a folder. Name a file.")
         require_writable("predictions.path", predictions.parent)
+
+
+def _check_fit(config: Namespace) -> None:
+    """What is wrong with the settings of a training alone: its length, what trains, and the folder of its ledger."""
+    trainer, model = config.trainer, config.model.get("init_args", {})
+    if not trainer.fast_dev_run:
+        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and trainer.max_time is None:
+            raise ValueError(
+                f"`trainer.max_steps` is -1 and `trainer.max_epochs` is {trainer.max_epochs}: the run would not end. "
+                "Set one of them, or `trainer.max_time`."
+            )
+        for name in ("max_steps", "max_epochs", "limit_train_batches"):
+            if trainer[name] == 0:
+                raise ValueError(f"`trainer.{name}` is 0: nothing would be trained. Set it to 1 or more.")
+    quantization, is_chosen = model.get("quantization"), config.scope is not None or model.get("adapter") is not None
+    if quantization is not None and not is_chosen and not trainer.callbacks:
+        raise ValueError(
+            f"`model.quantization` is {quantization!r}, which freezes weights, but no `scope` says what else trains. "
+            "Name one (TrainLayers, its `part` LoRA, or TrainParameters for their scales), or leave `quantization` out."
+        )
+    if config.keep_ledger and config.method is not None:
+        _refuse_remote_ledger(config)
 
 
 def check_gradient_free(config: Namespace) -> None:

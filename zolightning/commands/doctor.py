@@ -108,7 +108,7 @@ class _Doctor(Callback):
         self._began = _now(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        optimizer = zeroth_order_optimizer(trainer, type(self).__name__)
+        optimizer = zeroth_order_optimizer(trainer, self)
         self._bar.update()
         if optimizer.record is not None and optimizer.record.projected_grads:
             self._records.append(optimizer.record)
