@@ -147,14 +147,17 @@ class Evaluator:
         ):
             run = partial(self._run, rewind)
             parts = None if micro_batches is None else [part.each(run) for part in micro_batches]
-            find_contexts = partial(self._reads.contexts, trainable, resting or {}, loss=lambda: run(loss_fn).loss)
-            evaluate = partial(self._losses, partial(run, loss_fn), parts, generators, leaves_traces)
-            results, unread = evaluate(find_contexts(perturbations))
+
+            def losses(changes: Sequence[Perturbations]) -> tuple[list[LossAndTerms], list[nn.Parameter]]:
+                contexts = self._reads.contexts(trainable, resting or {}, changes, lambda: run(loss_fn).loss)
+                return self._losses(partial(run, loss_fn), parts, generators, leaves_traces, contexts)
+
+            results, unread = losses(perturbations)
             if self._reads.are_outdated(unread, trainable):
                 self._reads.forget(unread)
-                results, _ = evaluate(find_contexts(perturbations))
+                results, _ = losses(perturbations)
             if first is not None and self._traces.found:
-                evaluate(find_contexts(first()))
+                losses(first())
             if leaves_traces:  # others are made in addition to the step's own
                 self.left_traces = self._traces.found or self.leaves_more
         return results
