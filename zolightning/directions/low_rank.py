@@ -138,14 +138,25 @@ def stacked_product(
         output = F.linear(rows, weight, bias)
     else:
         output = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    dtype = output.dtype  # under autocast narrower than the weight
-    count = len(groups)
     if cores is None:
-        cores = torch.empty(count, *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
+        cores = torch.empty(len(groups), *basis.core_shape(shape), dtype=weight.dtype, device=weight.device)
         groups[0].write_cores(groups, cores)
-    cores = (cores.mT if is_linear else cores).to(dtype)
-    # Batched products, which are much faster than a product for each group.
-    thin = rows.to(dtype) @ before[0].to(dtype) if len(before) == 1 else rows.to(dtype)
+    _add_thin_products(output, rows, before, cores.mT if is_linear else cores, after)
+    if not is_same_bias:
+        for part, own in zip(output.chunk(len(groups)), biases, strict=True):
+            if own is not None:
+                part.add_(own)
+    return output.view(*inputs.shape[:-1], -1)
+
+
+def _add_thin_products(output: Tensor, rows: Tensor, before: list[Tensor], cores: Tensor, after: list[Tensor]) -> None:
+    """``output += rows @ before @ core @ after.T`` for each group's rows, as batched products, which are much faster.
+
+    On either side there is no factor, one for all groups, or one for each of them.
+    """
+    count, dtype = len(cores), output.dtype  # under autocast narrower than the weight
+    rows, cores = rows.to(dtype), cores.to(dtype)
+    thin = rows @ before[0].to(dtype) if len(before) == 1 else rows
     parts = thin.view(count, -1, thin.shape[-1])
     if len(before) > 1:
         parts = torch.bmm(parts, torch.stack(before).to(dtype))
@@ -155,11 +166,6 @@ def stacked_product(
         output.view(count, -1, output.shape[-1]).baddbmm_(torch.bmm(parts, cores), torch.stack(after).mT.to(dtype))
     else:
         output.view(count, -1, output.shape[-1]).baddbmm_(parts, cores)
-    if not is_same_bias:
-        for part, own in zip(output.chunk(count), biases, strict=True):
-            if own is not None:
-                part.add_(own)
-    return output.view(*inputs.shape[:-1], -1)
 
 
 def _building_costs_less(rows: int, groups: int, size_in: int, size_out: int, device_type: str) -> bool:
