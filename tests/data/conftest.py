@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,8 @@ def make_spectator(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Spectato
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    def make(**kwargs: Any) -> L.Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": tmp_path,
-        }
-        return L.Trainer(**{**quiet, **kwargs})
-
-    return make
+def make_trainer(make_trainer: Callable[..., L.Trainer]) -> Callable[..., L.Trainer]:
+    return partial(make_trainer, num_sanity_val_steps=0)
 
 
 CHAT_TEMPLATE = (

@@ -49,13 +49,8 @@ class Recorder(L.Callback):
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
-    def make(**options) -> L.Trainer:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        quiet |= {"enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
-        return L.Trainer(**quiet, default_root_dir=tmp_path, **options)
-
-    return make
+def make_trainer(make_trainer):
+    return partial(make_trainer, log_every_n_steps=1)
 
 
 @pytest.fixture

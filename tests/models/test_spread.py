@@ -38,13 +38,6 @@ def data() -> PromptDataModule:
     return PromptDataModule("sentiment", batch_size=4, num_train=24, num_validation=8, num_test=8)
 
 
-@pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = dict.fromkeys(silent, False) | {"accelerator": "cpu", "default_root_dir": tmp_path}
-    return partial(L.Trainer, **options)
-
-
 def hooked(folder: str, place: Callable[[str], Any] = lambda name: "cpu") -> CausalLM:
     """A module whose network has the hooks of one that is spread over devices."""
     module = CausalLM(folder)
