@@ -12,7 +12,6 @@ from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -52,6 +51,7 @@ from zolightning.commands.seeds import run_seeds
 from zolightning.commands.slots import slot_callbacks, trial
 from zolightning.commands.trainer import Trainer
 from zolightning.partners import callbacks_of
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.scope import Scope, refuse_two_scopes
 from zolightning.strategies import ZerothOrderDDP
 from zolightning.versions import installed_version

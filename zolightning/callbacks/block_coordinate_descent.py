@@ -7,7 +7,6 @@ from typing import Any, get_args
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -19,6 +18,7 @@ from zolightning.checks import require_choice, require_patterns
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.partners import log_interval, log_number, tensorboards, zeroth_order_optimizer
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.scope import scopes_of
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zolightning.optim.subspace import SubspaceOptimizer
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 # Hooks that run between the first step and the end of the fit, when stored weights may lack pending updates.
 _HOOKS = (

@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.checks import require_integer, require_positive
 from zolightning.messages import counted
 from zolightning.partners import zeroth_order_optimizer
+from zolightning.rank_zero import rank_zero_info
 
 _RISEN = 3.0  # standard errors of the difference of two means
 

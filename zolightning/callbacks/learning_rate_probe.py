@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.replayed_walks import ReplayedWalks, find_scale
@@ -17,6 +16,7 @@ from zolightning.messages import counted
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.partners import add_text, zeroth_order_optimizer
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 from zolightning.scopes.calibration import calibration_batches
 
 _SHARES = (1.0, 0.2)  # rises to look for, as shares of the loss; the second one is for bounded losses

@@ -7,7 +7,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from zolightning.network.head import is_tied, untie_head
 from zolightning.network.logistic_regression import check_probe, fit_probe, joined_features, strongest_penalty
 from zolightning.network.structure import pretrained_model
 from zolightning.partners import add_text, methods_of
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.calibration import read_examples
 
 CS = tuple(10 ** (i / 3 - 4) for i in range(25))  # from 1e-4 to 1e4

@@ -6,7 +6,6 @@ from functools import partial
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
@@ -26,6 +25,7 @@ from zolightning.memory_alternatives import alternatives
 from zolightning.messages import in_units
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.partners import find_callbacks
+from zolightning.rank_zero import rank_zero_warn
 
 
 def memory_plan(

@@ -11,10 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.messages import in_units
 from zolightning.partners import add_text, log_interval, log_number, methods_of, tensorboards
+from zolightning.rank_zero import rank_zero_info
 
 
 class RunMonitor(Callback):

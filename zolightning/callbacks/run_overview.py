@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
@@ -26,6 +25,7 @@ from zolightning.network.quantization import num_weights
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.settings import constructor_arguments, settings_of
 from zolightning.partners import callbacks_of, find_callbacks, methods_of, tensorboards
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.scope import scopes_of
 from zolightning.strategies.ranks import layout_of
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks.activation_bases import ActivationBases
@@ -14,6 +13,7 @@ from zolightning.messages import some
 from zolightning.optim.moments import keeps_moments
 from zolightning.optim.subspace import SubspaceOptimizer
 from zolightning.partners import add_text, find_callbacks, log_number, subspace_optimizer
+from zolightning.rank_zero import rank_zero_info
 
 
 class SubspaceResampling(Callback):

@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from zolightning.optim.base import Method
 from zolightning.optim.checks import require_prefix
 from zolightning.optim.schedules import WarmupDecay
 from zolightning.partners import callbacks_of, methods_of
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 from zolightning.step import zeroth_order_step
 from zolightning.strategies.ranks import layout_of
 from zolightning.training_loop import is_validation_next

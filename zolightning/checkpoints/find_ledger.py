@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.checkpoints.ledger import LEDGER, DamagedLedgerError, Ledger
 from zolightning.checkpoints.ledger_header import Header, as_json_values
 from zolightning.messages import counted, some
 from zolightning.optim.record import StepRecord
+from zolightning.rank_zero import rank_zero_warn
 
 
 class NoLedgerError(RuntimeError):

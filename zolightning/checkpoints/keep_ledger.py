@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +23,7 @@ from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.record import StepRecord
 from zolightning.optim.subspace_weights import SubspaceWeights
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run, zeroth_order_optimizer
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 from zolightning.training_loop import ends_trial, is_in_batch
 from zolightning.weights_digest import weights_digest
 

@@ -7,7 +7,9 @@ from typing import Any, cast
 import lightning as L
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
+
+from zolightning.rank_zero import rank_zero_warn
 
 
 class ResumedEpoch:

@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zolightning.partners import callbacks_of, find_callbacks
+from zolightning.rank_zero import rank_zero_info
 
 
 def describe(trainer: L.Trainer) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.checkpoints.before_others import BeforeOthers
@@ -35,6 +34,7 @@ from zolightning.checkpoints.unfinished_batch import UnfinishedBatch
 from zolightning.evaluation.replaced import followed, replaced
 from zolightning.optim.deferred import deferring
 from zolightning.partners import callbacks_of, find_callbacks, is_dry_run
+from zolightning.rank_zero import rank_zero_info
 from zolightning.strategies.ranks import largest_of_ranks, of_all_ranks
 from zolightning.training_loop import (
     ends_trial,

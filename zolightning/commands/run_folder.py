@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import yaml
-from lightning.pytorch.utilities import rank_zero_warn
 
 from zolightning.checkpoints.ledger import DamagedLedgerError, Ledger
 from zolightning.commands.event_log import EventLog, Point
 from zolightning.messages import some
+from zolightning.rank_zero import rank_zero_warn
 
 # Settings of where a run's files go, in which all runs differ
 PLACES = ("trainer.default_root_dir", "trainer.logger", "checkpoint.dirpath", "save_last.dirpath")

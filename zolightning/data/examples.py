@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from zolightning.data.chat import chat_prompt, chat_prompt_and_answer, end_of_turn
 from zolightning.data.encoding import Example, encode, encode_whole_text, ended
 from zolightning.data.generation import Generation
@@ -16,6 +14,7 @@ from zolightning.data.regression import Regression
 from zolightning.data.row import Row
 from zolightning.data.source import NO_LABEL
 from zolightning.data.task import Task
+from zolightning.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from zolightning.data.classification import CandidatesTask, LabelledTask
 from zolightning.data.files import find_rows
@@ -16,7 +15,7 @@ from zolightning.data.sampling import sample, sample_per_class, sample_train_and
 from zolightning.data.source import NO_LABEL, Split, read_folder, read_hub
 from zolightning.data.task import Task
 from zolightning.messages import counted
-from zolightning.rank_zero import rank_zero_warn
+from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 
 class Sampled(NamedTuple):

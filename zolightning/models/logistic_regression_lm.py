@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from zolightning.models.causal_lm import CausalLM
 from zolightning.network.head import is_tied, set_rows, untie_head
 from zolightning.network.logistic_regression import CS, check_probe, fit_probe, joined_features, most_accurate
 from zolightning.network.quantization import Quantization
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.calibration import read_examples
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -17,6 +16,7 @@ from zolightning.directions.slices import Slice
 from zolightning.network.quantization import num_weights, unquantize
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.partners import add_text, find_callbacks, methods_of
+from zolightning.rank_zero import rank_zero_info
 
 _KEY = "scope"
 

@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from zolightning.blocks.partition import find_blocks
 from zolightning.checks import require_integer, require_patterns, require_positive
 from zolightning.layers import find_layers
 from zolightning.messages import counted
+from zolightning.rank_zero import rank_zero_info
 from zolightning.scopes.calibration import calibration_batches, calibration_forward
 from zolightning.scopes.parts import ChosenParameters, Part, WholeLayer
 from zolightning.scopes.scope import Scope, Selection
