@@ -1,21 +1,16 @@
 """BSZO: posterior means of the derivatives along a step's directions, in place of the measured ones."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
 from zolightning.checks import require_fraction, require_integer, require_positive
-from zolightning.directions.dense import Direction
 from zolightning.optim.common import Common, Unpack
-from zolightning.optim.dense import DenseDescent
+from zolightning.optim.dense import StandardDescent
 from zolightning.optim.estimators import Estimator, OneSided
-from zolightning.optim.moments import descend
-from zolightning.optim.precision import State
 
 
-class BSZO(DenseDescent):
+class BSZO(StandardDescent):
     """BSZO (Feng and Huang, arXiv 2601.01452, section 3): MeZO whose projected gradients are shrunk.
 
     The derivatives along the k directions z_i of a step are unknown numbers with the prior N(0, p), and each projected
@@ -96,17 +91,7 @@ class BSZO(DenseDescent):
         return tuple(means)
 
     def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
-        return -lr * self.num_queries  # which cancels the division of a mean over queries
-
-    def update_parameters(
-        self,
-        weights: Sequence[Tensor],
-        states: Sequence[State],
-        gradients: Sequence[Direction],
-        group: dict[str, Any],
-        lr: float,
-    ) -> None:
-        descend(weights, states, gradients, group, lr, self.update_precision)
+        return super().gradient_scale(group, lr) * self.num_queries  # which cancels the division of a mean over queries
 
     def measurements(self) -> dict[str, float]:
         """The factor by which a projected gradient is multiplied: 1 without noise."""

@@ -11,6 +11,7 @@ from zolightning.directions.dense import Direction, directions
 from zolightning.directions.perturbation import Perturbation
 from zolightning.kernels.noise import NOISE_KINDS, NoiseKind
 from zolightning.optim.base import ZerothOrderOptimizer
+from zolightning.optim.moments import descend
 from zolightning.optim.precision import State
 from zolightning.optim.record import StepRecord
 
@@ -118,3 +119,22 @@ class DenseDescent(DenseOptimizer):
             found = self.directions_of(named, record.seed, record.step, coefficients)
             with self.to_move(named, found) as (weights, states, gradients):
                 self.update_parameters(weights, states, gradients, group, lr)
+
+
+class StandardDescent(DenseDescent):
+    """Abstract: weights move as in SGD, with ``momentum`` or with Adam's ``betas``, by the settings of their group."""
+
+    def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
+        if group.get("betas"):
+            return 1.0
+        return 1 - group["momentum"] if group.get("momentum") else -lr
+
+    def update_parameters(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        gradients: Sequence[Direction],
+        group: dict[str, Any],
+        lr: float,
+    ) -> None:
+        descend(weights, states, gradients, group, lr, self.update_precision)

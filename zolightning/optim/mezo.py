@@ -1,20 +1,15 @@
 """MeZO: zeroth-order SGD along dense random directions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
 from zolightning.checks import require_fraction
-from zolightning.directions.dense import Direction
 from zolightning.optim.common import DenseSettings, Unpack
-from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import descend
+from zolightning.optim.dense import StandardDescent
 from zolightning.optim.normalization import RUNNING_MEAN, normalized, require_normalization
-from zolightning.optim.precision import State
 
 
-class MeZO(DenseDescent):
+class MeZO(StandardDescent):
     """MeZO (Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333, algorithm 1).
 
     Each step evaluates one batch at ``W + eps z`` and ``W - eps z`` and moves the weights by ``-lr * g * z``, where
@@ -63,19 +58,6 @@ class MeZO(DenseDescent):
         super().check(group)
         require_fraction("momentum", group["momentum"])
         require_normalization(group)
-
-    def gradient_scale(self, group: dict[str, Any], lr: float) -> float:
-        return 1 - group["momentum"] if group["momentum"] else -lr
-
-    def update_parameters(
-        self,
-        weights: Sequence[Tensor],
-        states: Sequence[State],
-        gradients: Sequence[Direction],
-        group: dict[str, Any],
-        lr: float,
-    ) -> None:
-        descend(weights, states, gradients, group, lr, self.update_precision)
 
     def transform_grads(self, group: dict[str, Any], projected_grads: tuple[float, ...]) -> tuple[float, ...]:
         return normalized(group, projected_grads)

@@ -1,19 +1,14 @@
 """MeZO-Adam: Adam on the zeroth-order gradient estimate."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
 from zolightning.checks import require_fraction, require_positive
-from zolightning.directions.dense import Direction
 from zolightning.optim.common import DenseSettings, Unpack
-from zolightning.optim.dense import DenseDescent
-from zolightning.optim.moments import descend
-from zolightning.optim.precision import State
+from zolightning.optim.dense import StandardDescent
 
 
-class MeZOAdam(DenseDescent):
+class MeZOAdam(StandardDescent):
     """MeZO-Adam (arXiv 2305.17333, appendix B): Adam on the estimate ``g z`` of the gradient.
 
     Memory: 8 bytes per parameter for the two moments, besides what :class:`~zolightning.optim.MeZO` needs. In high
@@ -49,13 +44,3 @@ class MeZOAdam(DenseDescent):
         require_fraction("betas[0]", group["betas"][0])
         require_fraction("betas[1]", group["betas"][1])
         require_positive("denominator_eps", group["denominator_eps"])
-
-    def update_parameters(
-        self,
-        weights: Sequence[Tensor],
-        states: Sequence[State],
-        gradients: Sequence[Direction],
-        group: dict[str, Any],
-        lr: float,
-    ) -> None:
-        descend(weights, states, gradients, group, lr, self.update_precision)
