@@ -113,16 +113,17 @@ def _card(
     method = _class_of(settings.get("method"))
     results = _results(run, step)
     kind = next((kind for kind in _PIPELINES if type(network).__name__.endswith(kind)), None)
+    pipeline = None if kind is None else _PIPELINES[kind]
+    is_on_hub = _is_hub_id(base)
     hub = getattr(task, "hub", None)
-    reported = _eval_results(results, task, kind and _PIPELINES[kind])
     card_data = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
-        base_model_relation=("adapter" if is_adapter else "finetune") if _is_hub_id(base) else None,
+        base_model=base if is_on_hub else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if is_on_hub else None,
         datasets=None if hub is None else [hub.path],
-        eval_results=reported or None,
+        eval_results=_eval_results(results, task, pipeline) or None,
         library_name="peft" if is_adapter else "transformers",
         model_name=folder.name,
-        pipeline_tag=kind and _PIPELINES[kind],
+        pipeline_tag=pipeline,
         tags=["zolightning", *(["zeroth-order", method] if method else [])],
     )
     auto = "AutoModelForSeq2SeqLM" if kind == "ForConditionalGeneration" else f"AutoModel{kind or ''}"
@@ -131,14 +132,14 @@ def _card(
         card_data,
         template_str=_TEMPLATE,
         name=folder.name,
-        base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{_own_name(base)}`",
+        base=f"[{base}](https://huggingface.co/{base})" if is_on_hub else f"`{_own_name(base)}`",
         on="" if task is None else f"on {task.name} ",
         method=f"{method}, a zeroth-order method: forward passes only," if method else "backpropagation",
         usage=_USAGE[is_adapter].format(
             auto=auto,
             inputs=inputs,
             name="tokenizer" if inputs == "AutoTokenizer" else "processor",
-            base=base if _is_hub_id(base) else "ITS_BASE_MODEL",
+            base=base if is_on_hub else "ITS_BASE_MODEL",
             classes=f", num_labels={network.config.num_labels}" if auto.endswith("Classification") else "",
         ),
         results=[(name, _text(before), _text(after)) for name, (before, after) in results.items()],

@@ -55,14 +55,14 @@ def collate(
     leaves out the wrong candidates; `with_prompts` adds the prompts that texts are generated from, and the references
     that they are compared with.
     """
-    labels = [0 if gold_only else example.label for example in examples]
     candidates = [[example.answer_ids[example.label]] if gold_only else example.answer_ids for example in examples]
     num_candidates = max(map(len, candidates))
     # an absent candidate has no tokens
     padded = [answers + [[]] * (num_candidates - len(answers)) for answers in candidates]
+    prompts = [[example.prompt_ids] for example in examples]
     has_decoder = examples[0].has_decoder
     if has_decoder or all(len(answer) == 1 for answers in candidates for answer in answers):
-        rows = [[example.prompt_ids] for example in examples]
+        rows = prompts
     else:
         rows = [
             [example.prompt_ids + answer for answer in answers]
@@ -77,7 +77,7 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         answer_ids=answer_ids,
-        label=torch.tensor(labels),
+        label=torch.tensor([0 if gold_only else example.label for example in examples]),
         id=torch.tensor([example.id for example in examples]),
     )
     if objective == "regression":
@@ -87,14 +87,13 @@ def collate(
         batch["right"] = torch.tensor(
             [[index in example.right for index in range(num_candidates)] for example in examples]
         )
-    free = [example.content_free for example in examples if example.content_free is not None]
-    if free:
+    if free := [example.content_free for example in examples if example.content_free is not None]:
         distinct = {_tokens(one): one for one in free}
         places = {tokens: place for place, tokens in enumerate(distinct)}
         batch["content_free"] = collate(list(distinct.values()), pad_id, objective, padding_side=padding_side)
         batch["content_free_place"] = torch.tensor([places[_tokens(one)] for one in free])
     if with_prompts:
-        prompt_ids, prompt_mask = _with_mask([[example.prompt_ids] for example in examples], pad_id, 1, padding_side)
+        prompt_ids, prompt_mask = _with_mask(prompts, pad_id, 1, padding_side)
         batch["prompt_ids"], batch["prompt_mask"] = prompt_ids[:, 0], prompt_mask[:, 0]
         batch["references"] = np.empty(len(examples), dtype=object)  # so that it can be sliced like a tensor
         batch["references"][:] = [example.references for example in examples]

@@ -31,7 +31,8 @@ class States(NamedTuple):
         if self.python != other.python or not all(map(torch.equal, self.torch, other.torch)):
             return False
         # NumPy's is a tuple of a name, an array of words and three numbers
-        return all(bool((one == two).all()) if hasattr(one, "all") else one == two for one, two in _pairs(self, other))
+        pairs = zip(self.numpy or (), other.numpy or (), strict=True)
+        return all(bool((one == two).all()) if hasattr(one, "all") else one == two for one, two in pairs)
 
 
 class Generators:
@@ -89,10 +90,6 @@ class Generators:
 def _numpy() -> ModuleType | None:
     """NumPy if it has been imported; otherwise nobody draws from it."""
     return sys.modules.get("numpy")
-
-
-def _pairs(one: States, other: States) -> Iterable[tuple[Any, Any]]:
-    return zip(one.numpy or (), other.numpy or (), strict=True)
 
 
 def _place(device: torch.device) -> tuple[torch.device, ...]:
