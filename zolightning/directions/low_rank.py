@@ -154,7 +154,7 @@ def _add_thin_products(output: Tensor, rows: Tensor, before: list[Tensor], cores
 
     On either side there is no factor, one for all groups, or one for each of them.
     """
-    count, dtype = len(cores), output.dtype  # under autocast narrower than the weight
+    count, dtype = cores.shape[0], output.dtype  # under autocast narrower than the weight
     rows, cores = rows.to(dtype), cores.to(dtype)
     thin = rows @ before[0].to(dtype) if len(before) == 1 else rows
     parts = thin.view(count, -1, thin.shape[-1])
