@@ -24,10 +24,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import zolightning.__main__
 from forked_ranks import fork_ranks
 from rank_runs import BATCH, INPUTS, TARGETS, Module, loader, make_trainer
-from zolightning.callbacks import SaveLast, ZerothOrder
+from zolightning.callbacks import SaveLast, SubspaceResampling, ZerothOrder
 from zolightning.checkpoints.checkpoint_io import AtomicCheckpointIO
-from zolightning.optim import MeZO
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.optim import LOZO, MeZO
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 
 class At(L.Callback):
@@ -72,13 +72,16 @@ def fit(
     data: DataLoader | None = None,
     ckpt_path: Path | None = None,
     timeout: float = 60,
+    method: Any = MeZO,
+    strategy: Any = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Trains a module by ranks that share the evaluations, and returns its weights."""
-    strategy = ZerothOrderDDP(perturbation_parallel_size=size, check_interval=4, timeout=timedelta(seconds=timeout))
-    method = ZerothOrder(partial(MeZO, lr=1e-2, momentum=0.9))
+    """Trains a module by ranks that share the evaluations, unless a strategy is given, and returns its weights."""
+    wait = timedelta(seconds=timeout)
+    strategy = strategy or ZerothOrderDDP(perturbation_parallel_size=size, check_interval=4, timeout=wait)
+    zeroth_order = ZerothOrder(partial(method, lr=1e-2, momentum=0.9))
     kwargs = {"use_distributed_sampler": False} | kwargs
-    trainer = make_trainer(ranks, [method, *callbacks], strategy, plugins=[AtomicCheckpointIO()], **kwargs)
+    trainer = make_trainer(ranks, [zeroth_order, *callbacks], strategy, plugins=[AtomicCheckpointIO()], **kwargs)
     module = module or Module()
     trainer.fit(module, loader(0, 1) if data is None else data, ckpt_path=ckpt_path, weights_only=True)
     return module.state_dict()
@@ -100,6 +103,12 @@ def mean_gradient(trainer: L.Trainer) -> Tensor:
     return next(tensor for tensor in optimizer.state[trainer.lightning_module.net[0].weight].values())
 
 
+def of_shards() -> ZerothOrderFSDP:
+    strategy: Any = ZerothOrderFSDP(layers_name="net")
+    strategy.check_interval = 4
+    return strategy
+
+
 def rank() -> int:
     return int(os.environ["LOCAL_RANK"])
 
@@ -109,6 +118,13 @@ TOGETHER: dict[str, Callable[[], Any]] = {
     "weight": lambda: fit(At(5, lambda trainer: flip(trainer.lightning_module.net[0].weight))),
     # Just before the comparison: the weights are still equal
     "state": lambda: fit(At(8, lambda trainer: flip(mean_gradient(trainer)))),
+    # Of a weight whose rows are shared, on each rank whole
+    "core": lambda: fit(
+        SubspaceResampling(),
+        At(8, lambda trainer: flip(mean_gradient(trainer))),
+        method=LOZO,
+        strategy=of_shards(),
+    ),
     "rows": lambda: fit(data=loader(rank(), 2)),
     "lengths": lambda: fit(size=1, data=loader(0, 1, rows=80 - 8 * rank())),
     "nan": lambda: fit(module=Lame()),

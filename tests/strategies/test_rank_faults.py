@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("weight", WEIGHTS, WEIGHTS),
         ("state", WEIGHTS, WEIGHTS),
+        ("core", WEIGHTS, WEIGHTS),
         ("rows", ROWS, ROWS),
         ("lengths", LENGTHS, LENGTHS),
         ("nan", NAN, NAN),

@@ -246,12 +246,15 @@ def _sum_of_words(tensor: Tensor) -> Tensor:
 
 
 def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterator[Tensor]:
-    """Parameters and a method's state, except sharded ones, in an order that does not depend on the rank."""
+    """Parameters and a method's state that all ranks hold whole, in an order that does not depend on the rank."""
     yield from itertools.filterfalse(is_sharded, module.parameters())
     for group in optimizer.param_groups:
-        for parameter in itertools.filterfalse(is_sharded, group["params"]):
-            state = optimizer.state.get(parameter, {})
-            yield from (state[name] for name in sorted(state) if isinstance(state[name], Tensor))
+        for parameter in group["params"]:
+            for name, value in sorted(optimizer.state.get(parameter, {}).items()):
+                # Of a sharded weight, the state in a subspace
+                is_own = is_sharded(parameter) and optimizer.is_by_element(parameter, name)
+                if isinstance(value, Tensor) and not is_own:
+                    yield value
 
 
 def _odd_one(values: Sequence[Any]) -> tuple[int, int] | None:
