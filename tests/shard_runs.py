@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from forked_ranks import end_process, fork_ranks
 from rank_runs import BATCH, Recorder, loader, make_trainer
+from zolightning.blocks import Cyclic, WeightNorm
 from zolightning.callbacks import (
     ActivationBases,
     BlockCoordinateDescent,
     KeepLedger,
+    LearningRateProbe,
     SubspaceResampling,
     ZerothOrder,
     folding,
@@ -56,12 +58,15 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "factors": (
         partial(LOZO, lr=1e-2, rank=2, momentum=0.5, vector_lr=1e-3),
-        {"precision": "bf16-true", "resample": 1, "waits": True},
+        {"precision": "bf16-true", "resample": 1, "waits": True, "probe": True},
     ),
     "both_sides": (partial(SubZero, lr=1e-2, rank=2, betas=(0.9, 0.95)), {"resample": 0, "head": True}),
     "curvature": (partial(HiZOO, lr=1e-2, smoothing=0.1), {"precision": "bf16-true", "bad_step": 1}),
     "small_weights": (partial(SparseMeZO, lr=1e-2, sparsity=0.5), {"precision": "bf16-true"}),
-    "random_weights": (partial(SparseMeZO, lr=1e-2, mask="random"), {}),
+    "random_weights": (
+        partial(SparseMeZO, lr=1e-2, mask="random"),
+        {"blocks": ["net.layers.0", "net.layers.1"], "order": WeightNorm},
+    ),
     "outer_products": (
         partial(EGGROLL, lr=1e-2, rank=2, num_queries=3, weight_decay=0.1),
         {"precision": "bf16-true", "bad_step": 1},
@@ -224,9 +229,12 @@ def train(name: str, run: str, ranks: int, strategy: Any, folder: Path, begun: s
     beginning = Begun(folder / f"{name}-{run}")
     callbacks: list[Any] = [ZerothOrder(method, skip_nonfinite=True), recorder, ledger, beginning]
     if "blocks" in options:
-        callbacks.append(BlockCoordinateDescent(interval=1, patterns=options["blocks"]))
+        order = options.get("order", Cyclic)()
+        callbacks.append(BlockCoordinateDescent(order, interval=1, patterns=options["blocks"]))
     if "resample" in options:
         callbacks.append(SubspaceResampling(interval=2, anchor=options["resample"]))
+    if "probe" in options:
+        callbacks.append(LearningRateProbe(num_steps=2, num_examples=4, noise=1e-4, total_steps=STEPS))
     trainer = make_trainer(
         ranks,
         callbacks,

@@ -12,6 +12,7 @@ from zolightning.blocks.bandit import LearnedProbabilities
 from zolightning.blocks.orders import Cyclic, Order, Turn
 from zolightning.blocks.partition import Blocks
 from zolightning.checks import require_choice, require_integer
+from zolightning.directions.shards import whole
 from zolightning.optim.base import ZerothOrderOptimizer
 from zolightning.optim.blocks import LeftState
 from zolightning.rank_zero import rank_zero_warn
@@ -157,5 +158,5 @@ def require_schedule(interval: int, blocks_per_step: int, left_state: str) -> No
 @torch.no_grad()
 def _norm(parameters: Sequence[nn.Parameter]) -> float:
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
-    norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(parameters, wide, strict=True)]
+    norms = [torch.linalg.vector_norm(whole(p), dtype=dtype) for p, dtype in zip(parameters, wide, strict=True)]
     return math.hypot(*torch.stack([norm.to(norms[0].device) for norm in norms]).tolist())  # one wait for all

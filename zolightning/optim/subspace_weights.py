@@ -316,5 +316,5 @@ class SubspaceWeights(ZerothOrderOptimizer):
         bits = entries.keys() & apart - {"base"}
         self._offloaded[parameter] = {name: to_host(entries[name], parameter.device) for name in bits}
         if "base" in entries:
-            (own := own_rows(parameter)).copy_(entries["base"].view(own.shape))
+            (own := own_rows(parameter)).copy_(own_rows(entries["base"]).view(own.shape))
         super().restore(parameter, {name: value for name, value in entries.items() if name not in apart})
