@@ -252,7 +252,7 @@ def _held(module: L.LightningModule, optimizer: ZerothOrderOptimizer) -> Iterato
         for parameter in group["params"]:
             for name, value in sorted(optimizer.state.get(parameter, {}).items()):
                 # Of a sharded weight, the state in a subspace
-                is_own = is_sharded(parameter) and optimizer.is_by_element(parameter, name)
+                is_own = optimizer.is_by_element(parameter, name) and is_sharded(parameter)
                 if isinstance(value, Tensor) and not is_own:
                     yield value
 
