@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,9 +93,24 @@ class FrozenPair:
     names: list[str]
 
 
+class Graph:
+    """Holds its tensors in another object, which knows it, as PyTorch Geometric's graphs do."""
+
+    def __init__(self) -> None:
+        self.store = SimpleNamespace(x=torch.ones(2), graph=self)
+        self.counts = np.ones(2)
+
+    def __repr__(self) -> str:
+        return f"{self.store.x} {self.counts} {vars(self).keys()}"
+
+
 @pytest.mark.parametrize(
     ("batch", "change"),
     [
+        (Graph(), lambda graph: graph.store.x.add_(1)),
+        (Graph(), lambda graph: setattr(graph.store, "x", graph.store.x + 1)),
+        ([Graph()], lambda batch: setattr(batch[0], "y", 1)),
+        (Graph(), lambda graph: graph.counts.__iadd__(1)),
         (Pair(torch.ones(2), ["a"]), lambda batch: batch.x.add_(1)),
         (Pair(torch.ones(2), ["a"]), lambda batch: batch.names.append("b")),
         (Pair(torch.ones(2), ["a"]), lambda batch: setattr(batch, "x", None)),
@@ -100,13 +118,20 @@ class FrozenPair:
         ([torch.ones(2), {"y": torch.ones(2)}], lambda batch: batch[1]["y"][0].zero_()),
         ((torch.ones(2),), lambda batch: batch[0].resize_(1)),
     ],
-    ids=["a field", "a list in it", "another field", "a frozen field", "a view", "a shape"],
+    ids=["a graph", "a graph's tensor", "a graph in a list", "an array", "a field", "a list in it", "another field", "a frozen field", "a view", "a shape"],
 )
 def test_what_a_batch_may_be(batch: Any, change: Callable[[Any], Any]) -> None:
     batches, before = FreshBatches(), repr(batch)
     for _ in range(3):
         batches.evaluate(change, batch)
         assert repr(batch) == before
+
+
+def test_a_change_of_what_cannot_be_copied_is_refused() -> None:
+    batch = SimpleNamespace(x=torch.ones(2), lock=Lock())
+    FreshBatches().evaluate(repr, batch)
+    with pytest.raises(ValueError, match="has changed its batch in place, which cannot be copied, but is evaluated"):
+        FreshBatches().evaluate(lambda batch: batch.x.add_(1), batch)
 
 
 def test_a_batch_that_is_not_changed_is_not_copied() -> None:

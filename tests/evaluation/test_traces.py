@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -39,12 +40,19 @@ class Writer(nn.Module):
         self.history: list[int] = []
         self.nested: dict[str, Any] = {"list": [0], "tensor": torch.zeros(2)}
         self.generator = torch.Generator().manual_seed(1)
+        self.generators = [
+            random.Random(1),
+            np.random.RandomState(1),
+            *[np.random.Generator(bits(1)) for bits in (np.random.PCG64, np.random.MT19937)],
+        ]
 
     def state(self) -> dict[str, Any]:
         names = ("mean", "queue", "big_teacher", "data_teacher", "set_teacher", "hidden")
         tensors = {name: getattr(self, name).clone() for name in names} | {"weight": self.teacher.weight.clone()}
         plain = {"calls": self.calls, "history": list(self.history), "nested": deepcopy(self.nested)}
-        return tensors | plain | {"generator": self.generator.get_state(), "made": getattr(self, "made", None)}
+        drawn = [deepcopy(generator).normal() for generator in self.generators[1:]]  # RandomState keeps a second number
+        generators = {"generator": self.generator.get_state(), "python": self.generators[0].getstate(), "numpy": drawn}
+        return tensors | plain | generators | {"made": getattr(self, "made", None)}
 
     def write(self) -> None:
         self.mean += 1
@@ -61,6 +69,9 @@ class Writer(nn.Module):
         self.nested[str(self.calls)] = None
         self.made = self.calls
         torch.rand(2, generator=self.generator)
+        self.generators[0].random()
+        for generator in self.generators[1:]:
+            generator.normal()
 
     def loss(self) -> Tensor:
         begins.append(self.state())
@@ -213,7 +224,7 @@ def test_what_is_logged_and_returned_is_of_the_first_probe(make_trainer: Any, ma
 
 def test_python_objects_behind_attributes_are_left_alone() -> None:
     net = nn.Linear(4, 3)
-    net.random = random.Random(0)
+    net.random = random.SystemRandom()  # which has no state
     optimizer = MeZO(net.named_parameters(), seed=0)
     optimizer.attach(net)
     optimizer.estimate(lambda: net(X).square().mean())

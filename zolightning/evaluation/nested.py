@@ -12,25 +12,29 @@ from typing import Any
 from torch import Tensor
 
 
-def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
+def _shared(data: Any) -> Any:
+    return data
+
+
+def map_tensors(function: Callable[[Tensor], Any], data: Any, other: Callable[[Any], Any] = _shared) -> Any:
     """A copy of `data` with ``function(tensor)`` in place of each tensor.
 
     It descends into mappings, lists, deques, tuples (named ones too) and dataclasses (frozen ones too), which are
-    copied. Other objects are shared with `data`.
+    copied. In place of other objects it has ``other(object)``: as a rule they are shared with `data`.
     """
     if isinstance(data, Tensor):
         return function(data)
     if is_dataclass(data) and not isinstance(data, type):  # before mappings: transformers' outputs are both
-        return _mapped_dataclass(function, data)
+        return _mapped_dataclass(function, data, other)
     if isinstance(data, Mapping):
-        found = {name: map_tensors(function, value) for name, value in data.items()}
+        found = {name: map_tensors(function, value, other) for name, value in data.items()}
         make: Any = type(data)
         return make(data.default_factory, found) if isinstance(data, defaultdict) else make(found)
     if isinstance(data, list | tuple | deque):
-        members = [map_tensors(function, member) for member in data]
+        members = [map_tensors(function, member, other) for member in data]
         make = type(data)
         return make(*members) if hasattr(data, "_fields") else make(members)
-    return data
+    return other(data)
 
 
 def tensors_in(data: Any) -> list[Tensor]:
@@ -51,12 +55,12 @@ def batch_size(batch: Any) -> int | None:
     return next(filter(None, lengths), 0) if lengths else None
 
 
-def _mapped_dataclass(function: Callable[[Tensor], Any], data: Any) -> Any:
+def _mapped_dataclass(function: Callable[[Tensor], Any], data: Any, other: Callable[[Any], Any]) -> Any:
     result: Any = copy(data)
     for field in fields(data):
         if not hasattr(data, field.name):
             continue
-        value = map_tensors(function, getattr(data, field.name))
+        value = map_tensors(function, getattr(data, field.name), other)
         if data.__dataclass_params__.frozen:
             object.__setattr__(result, field.name, value)
         else:

@@ -38,7 +38,8 @@ class States(NamedTuple):
 class Generators:
     """The global generators that a loss may draw from: torch's, and NumPy's and Python's.
 
-    Generators that a module keeps as its own attributes are handled by :mod:`zolightning.evaluation.traces`.
+    Generators that a module keeps as its own attributes (:mod:`zolightning.evaluation.own_generators`) are handled by
+    :mod:`zolightning.evaluation.traces`.
 
     Args:
         devices: of the parameters; torch has one generator for the CPU and one for each other device.

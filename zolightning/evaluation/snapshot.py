@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.evaluation.own_generators import are_equal, is_generator, set_state, state_of
 from zolightning.evaluation.submodules import hold_the_same
 
 _SMALL = 4096  # elements: copying smaller tensors costs less than finding out whether they are written to
@@ -73,7 +74,7 @@ class ModuleSnapshot:
         self.attributes, self.saved = attributes, dict(attributes)
         self.containers: list[Any] = []
         self.contents: list[Any] = []  # of the containers
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.generators: list[tuple[Any, Any]] = []  # and their states
         self.tensors: list[TensorSnapshot] = []
 
         def visit(value: Any) -> None:
@@ -91,8 +92,8 @@ class ModuleSnapshot:
                     is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
                     known[id(value)] = TensorSnapshot(value, is_small or id(value) in written)
                     self.tensors.append(known[id(value)])
-            elif kind is torch.Generator:
-                self.generators.append((value, value.get_state()))
+            elif is_generator(value):
+                self.generators.append((value, state_of(value)))
 
         for name in ("_parameters", "_buffers"):
             if held := self.saved.get(name):
@@ -111,7 +112,7 @@ class ModuleSnapshot:
             if not _same(container, content):
                 _refill(container, content)
         for generator, state in self.generators:
-            generator.set_state(state)
+            set_state(generator, state)
 
 
 Lasting = Sequence[ModuleSnapshot | None]
@@ -166,7 +167,7 @@ class Snapshot:
         if not self.holds_the_same():
             return False
         for held in self._held:
-            if held.generators and not all(torch.equal(g.get_state(), state) for g, state in held.generators):
+            if not all(are_equal(state_of(generator), state) for generator, state in held.generators):
                 return False
         return not any([tensor.is_written(self._written) for tensor in self._tensors])
 
