@@ -118,7 +118,18 @@ class Graph:
         ([torch.ones(2), {"y": torch.ones(2)}], lambda batch: batch[1]["y"][0].zero_()),
         ((torch.ones(2),), lambda batch: batch[0].resize_(1)),
     ],
-    ids=["a graph", "a graph's tensor", "a graph in a list", "an array", "a field", "a list in it", "another field", "a frozen field", "a view", "a shape"],
+    ids=[
+        "a graph",
+        "a graph's tensor",
+        "a graph in a list",
+        "an array",
+        "a field",
+        "a list in it",
+        "another field",
+        "a frozen field",
+        "a view",
+        "a shape",
+    ],
 )
 def test_what_a_batch_may_be(batch: Any, change: Callable[[Any], Any]) -> None:
     batches, before = FreshBatches(), repr(batch)

@@ -96,6 +96,28 @@ class TestAudit:
             find_unseen(net.parameters(), lambda: loss(net))
         assert_unchanged(net, before)
 
+    def test_a_loss_that_writes_through_data_is_refused(self) -> None:
+        net, loss = mlp(), applied(values(3, 4))
+
+        def clamping() -> Tensor:
+            next(net.parameters()).data.clamp_(-0.1, 0.1)  # which torch does not count as a change
+            return loss(net)
+
+        with pytest.raises(ValueError, match="is changed by the evaluation of the loss itself"):
+            find_unseen(net.parameters(), clamping)
+
+    def test_a_loss_that_differs_at_equal_weights_is_said(self) -> None:
+        """As with a simulator that goes on from where an evaluation has left it."""
+        net, loss, calls = nn.ModuleDict({"used": mlp(), "unused": nn.Linear(4, 4)}), applied(values(3, 4)), []
+
+        def simulated() -> Tensor:
+            calls.append(1)
+            return loss(net["used"]) + len(calls) ** 2
+
+        with pytest.warns(UserWarning, match=r"evaluated again at the same weights .*: such differences are noise"):
+            found = find_unseen(net.parameters(), simulated)
+        assert found == set(net["unused"].parameters())
+
     def test_a_loss_that_is_not_finite_gives_no_verdict(self) -> None:
         net = mlp()
         assert find_unseen(net.parameters(), lambda: net(values(3, 4)).sum() * float("nan")) is None

@@ -39,4 +39,3 @@ def are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, dict):  # NumPy's, which may hold arrays
         return all(are_equal(value, other[name]) for name, value in one.items())
     return bool((one == other).all()) if hasattr(one, "all") else one == other
-

@@ -167,7 +167,7 @@ class Snapshot:
         if not self.holds_the_same():
             return False
         for held in self._held:
-            if not all(are_equal(state_of(generator), state) for generator, state in held.generators):
+            if held.generators and not all(are_equal(state_of(g), state) for g, state in held.generators):
                 return False
         return not any([tensor.is_written(self._written) for tensor in self._tensors])
 

@@ -4,11 +4,11 @@ A loss may change its module: running statistics, metrics (torchmetrics), counte
 batch to batch, an exponential moving average of the weights in a teacher. Every evaluation of a step begins with the
 state before the step, and after the step the module is in the state after the first evaluation.
 
-Covered are buffers, frozen parameters, and attributes of submodules that are numbers, tensors, random number generators,
-or lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are not covered. The memory
-is a copy of each tensor that an evaluation writes to, which is found out by watching the first one. If a large tensor
-(above 4,096 elements) is written to for the first time in a later step, the other evaluations of that one step begin
-with what the first one left in it.
+Covered are buffers, frozen parameters, and attributes of submodules that are numbers, tensors, random number
+generators, or lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are not
+covered. The memory is a copy of each tensor that an evaluation writes to, which is found out by watching the first one.
+If a large tensor (above 4,096 elements) is written to for the first time in a later step, the other evaluations of that
+one step begin with what the first one left in it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
