@@ -55,27 +55,29 @@ def _copied_object(value: Any) -> Any:
         return value
 
 
-def _contents(value: Any, owners: tuple[int, ...] = ()) -> Iterator[Any]:
+def _contents(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
     """Shows whether a batch was changed: which objects it holds, and how often its tensors were written to.
 
     Args:
         value: a batch, or something in it.
-        owners: the ids of the objects that hold it, which end a chain of objects that hold each other.
+        seen: the ids of the objects whose attributes have been listed already: objects may hold each other.
     """
+    seen = set() if seen is None else seen
     yield id(value)
     if isinstance(value, Tensor):
         yield None if value.is_inference() else value._version  # torch does not count writes to inference tensors
     elif isinstance(value, Mapping):
         for name, member in value.items():
             yield name
-            yield from _contents(member, owners)
+            yield from _contents(member, seen)
     elif isinstance(value, list | tuple):
         for member in value:
-            yield from _contents(member, owners)
+            yield from _contents(member, seen)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from _contents(getattr(value, field.name, None), owners)
+            yield from _contents(getattr(value, field.name, None), seen)
     elif hasattr(value, "tobytes"):  # a NumPy array
         yield value.tobytes()
-    elif id(value) not in owners and not isinstance(value, type | FunctionType | ModuleType | nn.Module):
-        yield from _contents(getattr(value, "__dict__", ()), (*owners, id(value)))
+    elif id(value) not in seen and not isinstance(value, type | FunctionType | ModuleType | nn.Module):
+        seen.add(id(value))
+        yield from _contents(getattr(value, "__dict__", ()), seen)
