@@ -7,11 +7,16 @@ import pytest
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
 
-@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
 def test_launchers_say_which_rank_it_is(
     variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    for other in VARIABLES:  # which Trainers of other tests may have left set
+        monkeypatch.delenv(other, raising=False)
     for rank in ("0", "1"):
         monkeypatch.setenv(variable, rank)
         with warnings.catch_warnings(record=True) as warned:
