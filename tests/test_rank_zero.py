@@ -6,7 +6,6 @@ import pytest
 
 from zolightning.rank_zero import rank_zero_info, rank_zero_warn
 
-
 VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
