@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from checkpoint_runs import AS_EXPECTED, EVERY_6, Run, Validated
@@ -48,6 +48,11 @@ class Pairs(Validated):
 
 def shuffled(data: Any) -> Any:
     return StatefulDataLoader(data, batch_size=4, shuffle=True)
+
+
+def by_rank(data: Any) -> Any:
+    """Shuffled by a sampler that is told the epoch, as Lightning's are where there are several ranks."""
+    return StatefulDataLoader(data, batch_size=4, sampler=DistributedSampler(data, num_replicas=1, rank=0))
 
 
 def cycled(data: Any) -> Any:
@@ -121,6 +126,9 @@ def fit(run: Run, loader: Any, path: Any = None, validate: bool = True) -> Run:
         (noisy, EPOCH, {}),  # a validation is due, for which its loader draws
         (shuffled, 10, EPOCHS),
         (shuffled, EPOCH, EPOCHS),
+        (by_rank, 3, {}),
+        (by_rank, EPOCH + 3, {}),
+        (by_rank, 2 * EPOCH, {}),
         (of_its_own(StatefulDataLoader), 3, {}),
         (of_its_own(StatefulDataLoader), EPOCH, {}),
         (of_its_own(DataLoader), EPOCH, {}),

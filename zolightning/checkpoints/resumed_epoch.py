@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
-from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import CombinedLoader
 
@@ -23,6 +23,8 @@ class ResumedEpoch:
       shuffle would be forgotten. The next epoch begins here.
     * Loaders made before the run was restored, as happens with a scheduler that asks for
       ``Trainer.estimated_stepping_batches``, would begin with the first batch of the epoch.
+    * Samplers that are told the epoch, as those of several ranks are, would resume in the order of the first one:
+      Lightning tells them after it has restored the loaders.
 
     Args:
         trainer: the Trainer, when training starts.
@@ -40,8 +42,13 @@ class ResumedEpoch:
         self.is_counted = is_at_last_batch and loop.epoch_loop.restarted_on_train_batch_end
         self._progress = (progress.current, progress.total)
         # Left over by Lightning where an epoch is over, or loaders existed before
-        if loop._combined_loader_states_to_load:
-            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        states = loop._combined_loader_states_to_load
+        if epoch := progress.current.processed:
+            states = states or loop._combined_loader._state_dicts()
+            for loader in loop._combined_loader.flattened:
+                _set_sampler_epoch(loader, epoch)
+        if states:
+            loop._combined_loader._load_state_dicts(states)
             loop._combined_loader_states_to_load = []
             iter(loop._data_fetcher)
         is_between = not loop.restarted_mid_epoch and progress.current.ready == progress.current.processed
