@@ -188,10 +188,10 @@ def test_what_is_in_no_block_has_extra_bits_and_no_curvature_to_measure(make_pro
 
 
 def test_quantiles_are_of_weights_not_of_parameters() -> None:
-    """A large matrix and a small one are sampled by equally many elements."""
-    large, small = (nn.Parameter(torch.ones(128 * factor, 128)) for factor in (8, 1))
-    optimizer = HiZOO([large, small])
-    for parameter, curvature in ((large, 1.0), (small, 100.0)):
+    """A large matrix and a small one are sampled by equally many elements, and a rank may have none of a third one."""
+    large, small, empty = (nn.Parameter(torch.ones(128 * factor, 128)) for factor in (8, 1, 0))
+    optimizer = HiZOO([large, small, empty])
+    for parameter, curvature in ((large, 1.0), (small, 100.0), (empty, 1.0)):
         optimizer.state[parameter]["curvature"] = torch.full_like(parameter, curvature)
     assert optimizer.measurements() == {"curvature_0.01": 1.0, "curvature_0.5": 1.0, "curvature_0.99": 100.0}
 

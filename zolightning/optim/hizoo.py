@@ -149,8 +149,9 @@ class HiZOO(DenseOptimizer):
         samples: list[torch.Tensor] = []
         counts: list[torch.Tensor] = []  # how many elements each sampled one stands for
         for _, _, parameter in self.trainable():
-            if has_curvature(state := self.state.get(parameter, {})):
-                samples.append(found := sample(state))
+            # Under zo_fsdp a rank may have no rows of a small parameter
+            if has_curvature(state := self.state.get(parameter, {})) and len(found := sample(state)):
+                samples.append(found)
                 counts.append(torch.full_like(found, math.prod(self.trainable_shape(parameter)) / len(found)))
         if not samples:
             return {}
