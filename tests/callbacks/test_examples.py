@@ -64,6 +64,20 @@ def test_under_a_trainer(make_trainer: Callable[..., L.Trainer]) -> None:
     assert recorder.records[0].projected_grads == pytest.approx(expected, abs=2e-3)
 
 
+def test_a_first_loss_that_is_not_finite_is_not_held_against_the_network(
+    make_trainer: Callable[..., L.Trainer],
+) -> None:
+    """Otherwise a run that resumes with such a step would round as networks do that run once per example."""
+    module, rows = Logging(), []
+    inputs, targets = torch.randn(18, 4), torch.ones(18, 1)
+    targets[1] = float("inf")
+    module.net.register_forward_hook(lambda net, args, output: rows.append(len(args[0])))
+    method = partial(MeZO, lr=1e-2, estimator=PerExample(), num_queries=6)
+    trainer = make_trainer(max_steps=3, callbacks=[ZerothOrder(method, skip_nonfinite=True)])
+    trainer.fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=6))
+    assert rows[-14:] == 2 * [6, *6 * [1]]  # for each sign the whole batch, whose output the examples share
+
+
 class Slope(L.LightningModule):
     """Differentiates what its network computes by the inputs."""
 

@@ -201,6 +201,8 @@ class Evaluator:
             self.graphs.begin_step()
         if self._reads.has_unseen:
             self._stacked.give_up("such parameters cannot be stacked")
+            if parts is not None:
+                self._examples.give_up("parameters cannot be perturbed in place for single examples")
 
         def begin() -> None:
             self.is_first = leaves_traces

@@ -91,6 +91,12 @@ class Examples:
         """Forgets which ways to divide rows gave the right losses."""
         self._trusted.clear()
 
+    def give_up(self, reason: object) -> None:
+        """Makes the network run once per example from here on."""
+        if not self._runs_one_by_one:
+            self._runs_one_by_one = True
+            rank_zero_warn(f"The network runs once per example from here on, which takes longer: {reason}.")
+
     @torch.no_grad()
     def evaluate(
         self,
@@ -120,14 +126,14 @@ class Examples:
         shared = prefix if graphs is None or graphs.is_off else None
         for start in range(0, len(contexts), len(examples)):
             own = contexts[start : start + len(examples)]
-            if not self._runs_one_by_one:
+            # In place as long as no loss was finite: this step is skipped, and later ones run as they do in any run
+            if not self._runs_one_by_one and not own[0].in_place:
                 try:
                     self._network = self._network or _network_in(self._module, own[0])
                     results += self._at_once(parts, own, shared, graphs)
                     continue
                 except CannotStack as error:
-                    self._runs_one_by_one = True
-                    rank_zero_warn(f"The network runs once per example from here on, which takes longer: {error}.")
+                    self.give_up(error)
             if not results:  # what remains of the first evaluation must be that of all examples
                 begin()
                 with own[0]:
@@ -231,8 +237,6 @@ def _network_in(module: nn.Module | None, context: Perturbed) -> nn.Module:
     """The network that may run examples together; raises CannotStack if there is none."""
     if module is None:
         raise CannotStack("the optimizer is not attached to a module")
-    if context.in_place:
-        raise CannotStack("some parameters are perturbed in place, which cannot be done for single examples")
     try:
         return networks_of(module, context.perturbations)[0]
     except ValueError:
