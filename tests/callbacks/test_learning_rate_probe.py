@@ -92,6 +92,23 @@ def test_a_step_that_is_skipped_measures_nothing(examples: DataLoader, make_trai
     assert [record.lr[0] > 0 for record in records.records] == [False] * 4 + [True] * 2
 
 
+def test_examples_without_a_finite_loss_measure_nothing(examples: DataLoader, make_trainer: Any) -> None:
+    """The rate is that of the others; where there are none it is kept."""
+
+    def rate(*nan_rows: int) -> float:
+        rows, records = examples.dataset.clone(), Records()
+        rows[list(nan_rows)] = math.nan
+        callbacks = [LearningRateProbe(3, 16), ZerothOrder(partial(MeZO, lr=0.1), skip_nonfinite=True), records]
+        loader = DataLoader(torch.cat([rows[:16], examples.dataset]), batch_size=4, sampler=[*range(16, 48)])
+        make_trainer(max_steps=6, callbacks=callbacks, precision="64-true").fit(Quadratic(), loader)
+        return records.records[-1].lr[0]
+
+    assert rate(5) == rate(4, 6, 7)
+    assert math.isfinite(rate(5))
+    with pytest.warns(UserWarning, match="raised the loss of 16 examples, nan, by 20%"):
+        assert rate(*range(16)) == 0.1
+
+
 class Steps(Callback):
     """Tells a module whether it is evaluated for a step; if not, it is in a walk."""
 

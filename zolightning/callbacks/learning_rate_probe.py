@@ -118,7 +118,7 @@ class LearningRateProbe(Callback):
             optimizer.lr_scale = 1.0
             rank_zero_warn(
                 f"LearningRateProbe: `lr` stays {walks.lr[0]:g}, because no steps, however large, raised the loss of "
-                f"{self.num_examples} examples by {_SHARES[-1]:.0%}. Set `lr` yourself."
+                f"{self.num_examples} examples, {walks.loss:.4f}, by {_SHARES[-1]:.0%}. Set `lr` yourself."
             )
             return
         steps = int(self._steps_left(trainer))

@@ -39,9 +39,11 @@ def find_scale(rises: Callable[[float, int], Tensor], num_walks: int, loss: floa
     """Finds the scale of learning rates at which walks raise the loss by a share of itself, on average.
 
     The rise is about proportional to the square of the distance. A few walks find the right magnitude, and all of them
-    the result; None if the loss does not rise so much within a factor of 10^11. `rises` takes a scale and a number of
-    walks, and returns the rise of the loss after each of them, (walks,).
+    the result; None if the loss does not rise so much within a factor of 10^11, or is not finite. `rises` takes a scale
+    and a number of walks, and returns the rise of the loss after each of them, (walks,).
     """
+    if not math.isfinite(loss):
+        return None
     scale, count, wanted = 1.0, min(_FEW, num_walks), share * abs(loss)
     for _ in range(_ROUNDS):
         found = rises(scale, count)
@@ -80,7 +82,7 @@ class ReplayedWalks:
     Steps in an earlier subspace or block are left out.
 
     The loss is that of the module's ``training_step``; walks share the batches: each walk takes the next one, or
-    several where there are more batches than walks.
+    several where there are more batches than walks. Batches whose loss is not finite are left out.
 
     Attributes:
         lr: the learning rate of each parameter group at a scale of 1.
@@ -106,14 +108,16 @@ class ReplayedWalks:
         self._batches = [self._precision.convert_input(batch) for batch in batches]
         self._start = WeightsAndState(optimizer)
         self.forwards = 0
-        self._before = self._losses_after([], 0.0, range(len(self._batches)))
+        before = self._losses_after([], 0.0, range(len(self._batches)))
+        self._batches = [self._batches[place] for place in before.isfinite().nonzero()]
+        self._before = before[before.isfinite()]
 
     def __len__(self) -> int:
         return len(self._walks)
 
     @property
     def loss(self) -> float:
-        """The mean loss of the batches at the present weights."""
+        """The mean loss of the batches at the present weights; NaN if none has a finite one."""
         return self._before.mean().item()
 
     def rises(self, scale: float, count: int) -> Tensor:
