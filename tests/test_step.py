@@ -54,17 +54,20 @@ class TestModes:
         assert seen and not any(any(modes) for modes in seen)
         assert before["net"] and not before["frozen_norm"]
 
-    def test_modes_are_set_without_calling_train(self) -> None:
+    def test_modes_are_set_without_calling_eval(self) -> None:
         """Which some modules override to do more, to merge adapters into their weights for example."""
 
-        class Merging(nn.Linear):
+        class Merging(nn.Sequential):
             def train(self, mode: bool = True) -> "Merging":
-                raise AssertionError("asked to change its weights")
+                assert mode, "asked to change its weights"
+                return super().train(mode)
 
-        module = nn.Sequential(Merging(2, 2), nn.Dropout())
+        module = nn.Sequential(Merging(nn.Linear(2, 2), nn.Dropout()), Merging())
+        module[0][1].training = module[1].training = False
+        before = [m.training for m in module.modules()]
         with evaluation_mode(module):
             assert not any(m.training for m in module.modules())
-        assert all(m.training for m in module.modules())
+        assert [m.training for m in module.modules()] == before
 
     def test_statistics_of_batch_norms_stay(self, fit: Callable[..., L.Trainer]) -> None:
         module = OwnLoop()

@@ -149,6 +149,39 @@ def test_a_layer_that_not_every_batch_reads() -> None:
         optimizer.step()
 
 
+class Cached(nn.Linear):
+    """Keeps in evaluation mode what it has computed from its weight, as attention biases in timm, DoRA in PEFT."""
+
+    cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "Cached":
+        assert mode, "asked to do what belongs to the end of training"
+        self.cache = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.linear(x, self.weight / self.weight.norm(), self.bias)
+        if self.cache is None:
+            self.cache = self.weight / self.weight.norm()
+        return F.linear(x, self.cache, self.bias)
+
+
+def test_what_modules_keep_in_evaluation_mode_is_not_that_of_other_weights() -> None:
+    net = Net()
+    net.net[0] = Cached(4, 8, dtype=torch.float64)
+    optimizer = attached(net)
+    for _ in range(3):
+        net.net[0].training = False  # as Lightning's validation sets it: it calls `eval`, and then restores the flag
+        net.loss()
+        net.net[0].training = True
+        expected = expected_losses(net, optimizer)
+        record = optimizer.estimate(net.loss)
+        assert net.net[0].cache is None
+        assert list(record.losses) == pytest.approx(expected, rel=1e-12)
+        optimizer.step()
+
+
 class TestEqualLosses:
     def test_are_said_after_some_steps_and_once(self) -> None:
         net = Net()
