@@ -66,6 +66,25 @@ def test_in_place_parameters_are_left_alone_by_a_baseline(net: nn.Module, writes
     assert versions[0] == before and versions[1] > before
 
 
+def test_a_loss_that_writes_to_a_weight_in_a_later_step_is_refused(net: nn.Module) -> None:
+    net.unused = nn.Parameter(torch.ones(3))
+    optimizer = MeZO(net.named_parameters(), seed=0)
+    optimizer.attach(net)
+
+    def loss() -> Tensor:
+        if optimizer.param_groups[0]["step"] == 2:
+            net[2].weight.clamp_(-0.1, 0.1)
+        return net[2](net[1](net[0](torch.ones(4, 3)))).square().mean()
+
+    with pytest.warns(UserWarning, match="perturbed in place"):
+        optimizer.estimate(loss)
+    optimizer.step()
+    optimizer.estimate(loss)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"`2\.weight` is changed by the evaluation of the loss itself"):
+        optimizer.estimate(loss)
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_keys_are_hashed_once_a_step(net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_queries: int) -> None:
     hashed: list[tuple[int, int, int, str]] = []

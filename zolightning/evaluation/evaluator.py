@@ -150,7 +150,8 @@ class Evaluator:
 
             def losses(changes: Sequence[Perturbations]) -> tuple[list[LossAndTerms], list[nn.Parameter]]:
                 contexts = self._reads.contexts(trainable, resting or {}, changes, lambda: run(loss_fn).loss)
-                return self._losses(partial(run, loss_fn), parts, generators, leaves_traces, contexts)
+                with self._reads.unwritten(trainable):
+                    return self._losses(partial(run, loss_fn), parts, generators, leaves_traces, contexts)
 
             results, unread = losses(perturbations)
             if self._reads.are_outdated(unread, trainable):

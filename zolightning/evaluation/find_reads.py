@@ -50,11 +50,7 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
     loss = evaluate()
     for parameter, mark in zip(parameters, before, strict=True):
         if _mark(parameter) != mark:
-            raise ValueError(
-                f"A parameter of shape {tuple(parameter.shape)} is changed by the evaluation of the loss itself (an "
-                "optimizer's step in it, a weight that is normalized or clamped, nn.Embedding's `max_norm`), so that "
-                "losses cannot be compared. Change it between steps (`on_train_batch_start`), or freeze it."
-            )
+            raise written_to(f"A parameter of shape {tuple(parameter.shape)}")
     if not torch.isfinite(loss):
         return None
     flip, scratch = FlippedBit(), Scratch()
@@ -77,6 +73,15 @@ def find_unseen(parameters: Iterable[nn.Parameter], evaluate: Callable[[], Tenso
         "loss itself has to set back before it uses them."
     )
     return unseen
+
+
+def written_to(which: str) -> ValueError:
+    """The error that evaluations write to a parameter that trains."""
+    return ValueError(
+        f"{which} is changed by the evaluation of the loss itself (an optimizer's step in it, a weight that is "
+        "normalized or clamped, nn.Embedding's `max_norm`), so that losses cannot be compared. Change it between steps "
+        "(`on_train_batch_start`), or freeze it."
+    )
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:

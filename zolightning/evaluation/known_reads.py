@@ -1,11 +1,13 @@
 """Remembers where losses read each parameter, which is found out in the first step that involves the parameter."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from zolightning.directions.opposite import Opposite
-from zolightning.evaluation.find_reads import Readers, find_readers, find_unread, find_unseen
+from zolightning.evaluation.find_reads import Readers, find_readers, find_unread, find_unseen, written_to
 from zolightning.evaluation.gathered_weights import Gathered
 from zolightning.evaluation.perturbed import Perturbations, Perturbed
 from zolightning.evaluation.scratch import Scratch
@@ -13,6 +15,8 @@ from zolightning.messages import counted, some
 from zolightning.rank_zero import rank_zero_warn
 
 Names = Mapping[nn.Parameter, str]
+
+_version = attrgetter("_version")  # how often a tensor was written to, as far as torch counts it: not through `.data`
 
 
 class KnownReads:
@@ -65,6 +69,21 @@ class KnownReads:
             )
         # Sharded ones that are not known: the loss was not finite, so that it was not found out which are read at all.
         return bool(unread) and not self.gathered
+
+    @contextmanager
+    def unwritten(self, parameters: Names) -> Iterator[None]:
+        """A context for a step's evaluations, which must not write to the parameters that train, as some may do late.
+
+        Raises:
+            ValueError: at its end, if they have; except through ``.data``, for which only the first step is looked at.
+        """
+        before = list(map(_version, parameters))
+        yield
+        if self.gathered or list(map(_version, parameters)) == before:
+            return
+        for (parameter, name), version in zip(parameters.items(), before, strict=True):
+            if parameter in self._seen and parameter._version != version:  # others are perturbed in place
+                raise written_to(f"`{name}`")
 
     def contexts(
         self, trainable: Names, resting: Names, perturbations: Sequence[Perturbations], loss: Callable[[], Tensor]
