@@ -69,6 +69,8 @@ def test_the_output_is_that_of_the_perturbed_matrix(
 ) -> None:
     monkeypatch.setattr(torch_functions, "HOST", host)
     layer, inputs = nn.Linear(7, 21, bias).to(dtype), values(2, 3, 7).to(dtype)
+    with Perturbed(perturbations(layer)):
+        assert layer(inputs[:0]).shape == (0, 3, 21)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with written_to_the_weights(layer):
             expected = layer(inputs)

@@ -39,6 +39,18 @@ class Scaled(nn.Sequential):
         return super().forward(x) * self.scale
 
 
+class IdleExperts(nn.Module):
+    """A mixture of experts, some of which get no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.idle, self.table = nn.Linear(4, 3), nn.Linear(4, 3), nn.Embedding(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = x.flatten(1)[:0]
+        return self.expert(x.flatten(1)) + self.idle(none).sum() + self.table(none.long()).sum()
+
+
 # Every architecture along matrices of low rank and along dense ones, and every method on one of them
 PAIRS = [(architecture, method) for architecture in ("opt", "gpt2", "llama", "qwen3") for method in ("subzero", "mezo")]
 PAIRS += [("gpt2", "lozo"), ("gpt2", "eggroll"), ("opt", "mopi"), ("llama", "mopi-one-sided")]
@@ -82,8 +94,9 @@ class TestSameLosses:
             ),
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False), nn.RMSNorm(3)),
             lambda: Scaled(nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 3)),
+            IdleExperts,
         ],
-        ids=["convolution", "norm", "scaled"],
+        ids=["convolution", "norm", "scaled", "experts"],
     )
     def test_of_other_functions(self, make_net: Callable[[], nn.Module]) -> None:
         """With 6 rows and 2 groups the 12 channels of a batch norm's statistics must not be taken for rows."""

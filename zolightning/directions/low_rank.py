@@ -146,7 +146,7 @@ def stacked_product(
         for part, own in zip(output.chunk(len(groups)), biases, strict=True):
             if own is not None:
                 part.add_(own)
-    return output.view(*inputs.shape[:-1], -1)
+    return output.view(*inputs.shape[:-1], output.shape[-1])
 
 
 def _add_thin_products(output: Tensor, rows: Tensor, before: list[Tensor], cores: Tensor, after: list[Tensor]) -> None:

@@ -154,7 +154,7 @@ class RowGroups(Perturbed):
                 else:
                     own = biases[index]
                     multiply(parts[index], matrix.T, None if own is None else own[piece], columns[index][:, piece])
-        return output.view(*inputs.shape[:-1], -1)
+        return output.view(*inputs.shape[:-1], output.shape[-1])
 
     def _lookup_of_each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """``F.embedding`` with each group's own table; None for calls that do more."""
@@ -172,7 +172,7 @@ class RowGroups(Perturbed):
                 torch.index_select(stored, 0, own, out=out)
             else:
                 change.add_to_rows(stored, own, out)
-        return output.view(*ids.shape, -1)
+        return output.view(*ids.shape, output.shape[-1])
 
     def _broadcast(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The output of a sum or product with a parameter that all rows share, such as a norm's gain; None for others.

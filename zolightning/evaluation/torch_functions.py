@@ -82,7 +82,7 @@ def linear_in_pieces(
         output = rows.new_empty(len(rows), len(weight))
         for part, piece in changed_pieces(weight, change, buffer, PIECE_BYTES):
             multiply(rows, piece.T, None if bias is None else bias[part], output[:, part])
-        return output.view(*inputs.shape[:-1], -1)
+        return output.view(*inputs.shape[:-1], len(weight))
     for part, piece in changed_pieces(weight, change, buffer, PIECE_BYTES):
         columns = F.linear(inputs, piece, None if bias is None else bias[part])
         if output is None:  # whose dtype autocast chooses
