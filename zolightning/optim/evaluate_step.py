@@ -40,15 +40,12 @@ def evaluate_step(
     last.flat_in_a_row = last.flat_in_a_row + 1 if found.is_flat else 0
     if last.flat_in_a_row == FLAT_IN_A_ROW:  # perhaps weights are now read where perturbations do not reach them
         optimizer.evaluator.forget()
-        found = optimizer.estimator.evaluate(optimizer, loss_fn, share, micro_batches)
-        if not found.is_flat:
-            last.flat_in_a_row = 0
-        else:
-            rank_zero_warn(
-                f"All losses of a step were equal, {FLAT_IN_A_ROW} steps in a row, so nothing is learned: the loss "
-                f"does not depend on the parameters that train, or `eps` ({optimizer.param_groups[0]['eps']:g}) is too "
-                "small to change it."
-            )
+    elif last.flat_in_a_row == FLAT_IN_A_ROW + 1:
+        rank_zero_warn(
+            f"All losses of a step were equal, {FLAT_IN_A_ROW + 1} steps in a row, so nothing is learned: the loss "
+            f"does not depend on the parameters that train, or `eps` ({optimizer.param_groups[0]['eps']:g}) is too "
+            "small to change it."
+        )
     _count_nonfinite(found, last, skip_nonfinite, optimizer.param_groups[0]["step"])
     if optimizer.align_queries and found.is_finite:
         found = found._replace(projected_grads=aligned(optimizer, found.projected_grads, warns=last.record is None))
