@@ -145,6 +145,17 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
     def fail(trainer: L.Trainer) -> None:
         raise MemoryError("too large")
 
+    def validate_first() -> None:
+        class Told(L.Callback):
+            def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.is_global_zero:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                trainer.strategy.barrier()
+
+        strategy = ZerothOrderDDP(timeout=timedelta(seconds=60))
+        trainer = make_trainer(2, [SaveLast(folder), Told()], strategy, limit_val_batches=1, enable_checkpointing=True)
+        trainer.validate(Module(), loader(0, 1), verbose=False)
+
     return {
         "together": together,
         "killed": lambda: fit(
@@ -156,6 +167,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "outside_of_a_step": lambda: command(
             partial(fit, At(5, lambda trainer: trainer.strategy.barrier(), rank=0), At(5, die))
         ),
+        "told_before_training": lambda: command(validate_first),
         "first_killed": lambda: fit(At(5, die, rank=0)),
         "hangs": lambda: fit(At(5, lambda trainer: time.sleep(4)), timeout=2),
         "ends": lambda: fit(data=DataLoader(Endless(8 - 3 * rank()), batch_size=None), max_epochs=1, max_steps=-1),

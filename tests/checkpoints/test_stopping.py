@@ -145,6 +145,16 @@ def test_a_signal_after_the_last_batch_of_all_is_not_lost(make_run: Any, monkeyp
     assert run.saved()["global_step"] == run.trainer.max_steps
 
 
+def test_a_signal_before_training_ends_the_run(make_run: Any) -> None:
+    """With the status of a signal: Lightning's handler leaves after the batch, with 0."""
+    run = make_run(num_sanity_val_steps=2)
+    run.module.in_validation.at[0, 0] = kill
+    with pytest.raises(SystemExit) as exit_:
+        run.fit()
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert not run.path.exists()
+
+
 def test_a_second_interrupt_ends_the_run_at_once(make_run: Any) -> None:
     run = make_run()
 

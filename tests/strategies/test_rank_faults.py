@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nan", NAN, NAN),
         ("killed", LOST.format(0), None),
         ("outside_of_a_step", LOST_IN_COMMAND, None),
+        ("told_before_training", "SystemExit: 143", LOST_IN_COMMAND),
         ("first_killed", None, LOST.format(1)),
         ("hangs", LOST.format(0), LOST.format(1)),
         ("ends", LOST.format(0), None),

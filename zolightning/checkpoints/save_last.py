@@ -29,7 +29,7 @@ from zolightning.checkpoints.same_run import (
     refuse_other_precision,
     stop_if_ended,
 )
-from zolightning.checkpoints.stop_signal import StopSignal, exit_status
+from zolightning.checkpoints.stop_signal import StopSignal, ending_at_once, exit_status
 from zolightning.checkpoints.unfinished_batch import UnfinishedBatch
 from zolightning.evaluation.replaced import followed, replaced
 from zolightning.optim.deferred import deferring
@@ -125,12 +125,13 @@ class SaveLast(ModelCheckpoint):
         self._folder = trainer.log_dir or trainer.default_root_dir
         self._resumed, self._last_global_step_saved = {}, 0  # not those of an earlier fit
         self._first.epoch = None
+        self._restore.close()
+        self._restore.enter_context(ending_at_once(trainer))
         if stage != "fit":
             return
         strategy: Any = trainer.strategy
         loop: Any = trainer.fit_loop
         self._batch = UnfinishedBatch(self._first.metrics)
-        self._restore.close()
         for owner, name, after in (
             # After the module's own hooks, which follow those of callbacks: what they do to weights (clamps, a
             # teacher's average) would be missing after a resume, because they would not run.

@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning as L
 
+from zolightning.evaluation.replaced import replaced
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,6 +60,23 @@ class StopSignal:
             # Not with `print`, which the signal may have interrupted.
             os.write(2, b"\nThe run stops after this step and is saved. Ctrl-C again stops it at once.\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ending_at_once(trainer: L.Trainer) -> replaced:
+    """A context in which SIGTERM ends the process at once wherever no :class:`StopSignal` listens.
+
+    There Lightning's handler would go on for a while, to end with status 0, and broadcast to the other ranks in the
+    midst of what they exchange, for which all of them would wait in vain.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)  # ranks that Lightning started
+        if trainer.is_global_zero:
+            os.write(2, b"\nStopped by SIGTERM.\n")
+        raise SystemExit(exit_status(trainer, number))
+
+    return replaced(trainer._signal_connector, "_sigterm_notifier_fn", end)
 
 
 def exit_status(trainer: L.Trainer, number: int) -> int:
