@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zolightning.directions.shards import is_sharded, whole
 
@@ -38,6 +39,9 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The bits of a tensor as bytes, uint8, one-dimensional, on its device."""
+    if is_traceable_wrapper_subclass(tensor):  # made of others, as quantised weights of torchao are
+        names, _ = tensor.__tensor_flatten__()
+        return torch.cat([flat_bytes(getattr(tensor, name)) for name in names])
     data = tensor.detach().contiguous()
     # A single element counts as contiguous with any stride, but with one other than 1 it has no view as bytes.
     return data.as_strided((data.numel(),), (1,)).view(torch.uint8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from optimizer_steps import MakeProblem, Method, assert_same, attached, weights
 from zolightning.checkpoints.find_ledger import ledger_of
@@ -126,6 +127,9 @@ def test_a_digest_is_of_dtypes_shapes_and_bits() -> None:
     assert len({weights_digest({"w": tensor}) for tensor in (zeros, *others)}) == 4
     assert weights_digest({"w": torch.zeros(8)[::2]}) == weights_digest({"w": zeros}) != weights_digest({"v": zeros})
     assert weights_digest({"w": torch.zeros(4)[::2][:1]}) == weights_digest({"w": torch.zeros(1)})
+    pairs = [TwoTensor(zeros, torch.full((4,), float(value))) for value in (1, 1, 2)]  # as quantised weights of torchao
+    first, same, other = (weights_digest({"w": pair}) for pair in pairs)
+    assert first == same != other
     module = nn.BatchNorm1d(2)
     module.register_buffer("made_anew", zeros, persistent=False)
     assert base_tensors(module).keys() == module.state_dict().keys()

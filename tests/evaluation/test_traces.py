@@ -231,6 +231,29 @@ def test_python_objects_behind_attributes_are_left_alone() -> None:
     assert isinstance(net.random, random.Random)
 
 
+class Packed(nn.Parameter):
+    """A weight that the first forward stores in another way, as bitsandbytes' 4-bit ones on a CPU."""
+
+    is_packed: bool
+
+
+def test_a_weight_that_keeps_what_its_numbers_mean_is_left_alone() -> None:
+    net = nn.Linear(4, 3)
+    net.base = Packed(torch.ones(4), requires_grad=False)
+    net.base.is_packed = False
+    optimizer = MeZO(net.named_parameters(), seed=0)
+    optimizer.attach(net)
+
+    def loss() -> Tensor:
+        if not net.base.is_packed:
+            net.base.data, net.base.is_packed = -net.base.data[None], True
+        return net(-X * net.base).square().mean()
+
+    for _ in range(2):
+        record = optimizer.estimate(loss)
+        assert list(record.losses) == pytest.approx([net(X).square().mean().item()] * 2, rel=0.1)
+
+
 @pytest.mark.parametrize("write", [lambda net: setattr(net, "table", torch.ones(5000)), lambda net: net.table.add_(1)])
 def test_what_others_do_between_steps_stays(write: Callable[[nn.Module], Any]) -> None:
     net = nn.Linear(4, 3)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conftest import METHODS
 from optimizer_steps import MakeProblem, Method, assert_same, assert_same_state, attached, run, weights
@@ -239,6 +240,12 @@ class TestBadInput:
         problem = make_problem()
         problem.odd = nn.Parameter(torch.ones(3).to(dtype))
         with pytest.raises(ValueError, match=r"Parameter `odd` has dtype .*Freeze it"):
+            method(problem.parameters()).attach(problem)
+
+    def test_parameters_made_of_other_tensors(self, method: Method, make_problem: MakeProblem) -> None:
+        problem = make_problem()
+        problem.odd = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+        with pytest.raises(ValueError, match=r"Parameter `odd` is a TwoTensor, .*Freeze it"):
             method(problem.parameters()).attach(problem)
 
     def test_frozen_parameters_may_have_any_dtype(self, method: Method, make_problem: MakeProblem) -> None:

@@ -88,7 +88,7 @@ class ModuleSnapshot:
             elif kind is nn.Parameter or isinstance(value, Tensor):
                 if id(value) in known:
                     self.tensors.append(known[id(value)])
-                elif id(value) not in perturbed and not value.is_inference():
+                elif id(value) not in perturbed and not value.is_inference() and not _holds_more(value):
                     is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
                     known[id(value)] = TensorSnapshot(value, is_small or id(value) in written)
                     self.tensors.append(known[id(value)])
@@ -113,6 +113,13 @@ class ModuleSnapshot:
                 _refill(container, content)
         for generator, state in self.generators:
             set_state(generator, state)
+
+
+def _holds_more(tensor: Tensor) -> bool:
+    """Whether it is a parameter of a class of its own that keeps what its numbers mean beside them, and may change both
+    (bitsandbytes, at the first forward on a CPU): with the numbers alone put back it would be another one."""
+    kind = type(tensor)
+    return kind is not nn.Parameter and issubclass(kind, nn.Parameter) and bool(vars(tensor))
 
 
 Lasting = Sequence[ModuleSnapshot | None]

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zolightning.directions.shards import require_rows
+from zolightning.directions.shards import is_sharded, require_rows
 from zolightning.kernels.noise import MAX_ELEMENTS
 from zolightning.optim.estimators import Estimator
 
@@ -56,3 +57,8 @@ def require_trainable(names: Mapping[nn.Parameter, str]) -> None:
                 f"Parameter `{name}` has {parameter.numel()} elements, but at most {MAX_ELEMENTS} can train. Freeze it."
             )
         require_rows(name, parameter)
+        if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+            raise ValueError(
+                f"Parameter `{name}` is a {type(parameter).__name__}, whose numbers are in other tensors, as those of "
+                "quantised weights are. Freeze it (`requires_grad=False`), and train an adapter or other layers."
+            )
