@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,11 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from zolightning.callbacks import ZerothOrder
 from zolightning.optim import MeZO
+from zolightning.optim.record import StepRecord
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
 
@@ -220,6 +223,53 @@ def test_what_is_logged_and_returned_is_of_the_first_probe(make_trainer: Any, ma
     make_trainer(max_epochs=1, callbacks=[ZerothOrder(partial(MeZO, eps=0.1, seed=1)), Recorder()]).fit(module, data)
     for logged, first, outputs in seen:
         assert logged == pytest.approx(first) == outputs["loss"].item()
+
+
+def test_hidden_states_that_are_first_asked_for_in_an_evaluation() -> None:
+    """For which a network of transformers hooks its layers once."""
+    net = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", vocab_size=13, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
+    )
+    ids = torch.arange(12).view(2, 6)
+
+    def records(net: nn.Module) -> list[StepRecord]:
+        def loss() -> Tensor:
+            states = net(ids, output_hidden_states=True).hidden_states
+            assert len(states) == 4
+            return states[-2].double().square().mean()
+
+        optimizer = MeZO(net.named_parameters(), lr=0.1, eps=0.1, num_queries=2, seed=1)
+        optimizer.attach(net)
+        found = []
+        for _ in range(3):
+            found.append(replace(optimizer.estimate(loss), leaves_traces=False))
+            optimizer.step()
+        return found
+
+    hooked = deepcopy(net)
+    hooked(ids, output_hidden_states=True)
+    assert records(net) == records(hooked)
+    assert len(net(ids, output_hidden_states=True).hidden_states) == 4
+
+
+def test_forward_hooks() -> None:
+    """One that an evaluation adds, and one, called with keywords, that it removes."""
+    net, calls = nn.Linear(4, 3), []
+    once = net.register_forward_hook(lambda _, args, kwargs, output: calls.append("once"), with_kwargs=True)
+
+    def loss() -> Tensor:
+        result = net(X).square().mean()
+        once.remove()
+        net.register_forward_hook(lambda *_: calls.append("added"))
+        return result
+
+    optimizer = MeZO(net.named_parameters(), seed=0)
+    optimizer.attach(net)
+    optimizer.estimate(loss)
+    assert set(calls) == {"once"}
+    net(X)
+    assert calls[-1] == "added"
+    assert len(net._forward_hooks) == 1
 
 
 def test_python_objects_behind_attributes_are_left_alone() -> None:

@@ -166,15 +166,17 @@ class SharedPrefix:
             elif runs > 1 and index + 1 == depth:  # another part of the batch, after all parameters have been read
                 self._outputs.append((output, self._generators.states()))
 
+        def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            keep(index, args, kwargs, output)
+            return output
+
         with ExitStack() as stack:
 
             def watch(index: int) -> None:
                 # Hooks that other code has put on a layer must see it run.
-                if index < len(self.layers) and not _is_hooked(self.layers[index]):
-                    hook = self.layers[index].register_forward_hook(
-                        lambda _, *arguments: keep(index, *arguments), with_kwargs=True
-                    )
-                    stack.callback(hook.remove)
+                if index < len(self.layers) and not _is_hooked(layer := self.layers[index]):
+                    stack.enter_context(replaced_forward(layer, partial(forward, index, layer.forward)))
 
             watch(0)
             yield

@@ -1,4 +1,4 @@
-"""Snapshots of modules, to restore them from: attributes, contents of containers, tensors, generators."""
+"""Snapshots of modules, to restore them from: attributes, containers, tensors, generators, forward hooks."""
 
 import copy
 from collections import OrderedDict, defaultdict, deque
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.evaluation.forward_hooks import ForwardHooks
 from zolightning.evaluation.own_generators import are_equal, is_generator, set_state, state_of
 from zolightning.evaluation.submodules import hold_the_same
 
@@ -16,6 +17,7 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
 _OURS = frozenset({"forward", "generate"})  # attributes that this package sets while weights are perturbed
 _SKIPPED = frozenset(vars(nn.Module())) | _OURS  # in addition to the bookkeeping of nn.Module
+_NO_HOOKS = ForwardHooks()
 
 
 class TensorSnapshot:
@@ -133,12 +135,19 @@ class Snapshot:
         written: ids of tensors that are known to be written to, which are copied whatever their size.
         perturbed: ids of parameters, which are left out.
         earlier: the result of :meth:`lasting` of an earlier snapshot of these modules with the same `perturbed`.
+        hooks: their forward hooks, if these are to be restored too.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], written: set[int], perturbed: Set[int], earlier: Lasting = ()
+        self,
+        modules: Sequence[nn.Module],
+        written: set[int],
+        perturbed: Set[int],
+        earlier: Lasting = (),
+        hooks: ForwardHooks = _NO_HOOKS,
     ) -> None:
         self._written = written
+        self._hooks, self._hooks_then = hooks, hooks.now()
         found = _unchanged(modules, earlier)
         known = {tensor.key: tensor for held in found if held is not None for tensor in held.tensors}
         self._held = [
@@ -171,7 +180,7 @@ class Snapshot:
 
     def is_now(self) -> bool:
         """Whether the modules are still in this state."""
-        if not self.holds_the_same():
+        if not self.holds_the_same() or self._hooks.now() != self._hooks_then:
             return False
         for held in self._held:
             if held.generators and not all(are_equal(state_of(g), state) for g, state in held.generators):
@@ -180,6 +189,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Restores all of it."""
+        self._hooks.restore(self._hooks_then)
         for held in self._held:
             held.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():

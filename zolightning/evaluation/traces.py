@@ -4,11 +4,11 @@ A loss may change its module: running statistics, metrics (torchmetrics), counte
 batch to batch, an exponential moving average of the weights in a teacher. Every evaluation of a step begins with the
 state before the step, and after the step the module is in the state after the first evaluation.
 
-Covered are buffers, frozen parameters, and attributes of submodules that are numbers, tensors, random number
-generators, or lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are not
-covered. The memory is a copy of each tensor that an evaluation writes to, which is found out by watching the first one.
-If a large tensor (above 4,096 elements) is written to for the first time in a later step, the other evaluations of that
-one step begin with what the first one left in it.
+Covered are buffers, frozen parameters, forward hooks, and attributes of submodules that are numbers, tensors, random
+number generators, or lists, dictionaries, sets and deques of these. Other objects behind an attribute, and files, are
+not covered. The memory is a copy of each tensor that an evaluation writes to, which is found out by watching the first
+one. If a large tensor (above 4,096 elements) is written to for the first time in a later step, the other evaluations of
+that one step begin with what the first one left in it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zolightning.evaluation.forward_hooks import ForwardHooks
 from zolightning.evaluation.snapshot import Lasting, Snapshot, TensorSnapshot
 
 _NOTHING = Snapshot((), set(), frozenset())
@@ -31,6 +32,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._modules: Sequence[nn.Module] = ()
+        self._hooks = ForwardHooks()
         self._perturbed: Set[int] = frozenset()
         self._written: set[int] = set()  # ids of tensors that evaluations write to
         self._is_watched = False  # whether one evaluation has been watched for these
@@ -53,7 +55,8 @@ class Traces:
         """
         if modules is not self._modules or perturbed != self._perturbed:
             self._modules, self._perturbed, self._lasting = modules, perturbed, ()
-        self._before = Snapshot(modules, self._written, perturbed, self._lasting)
+            self._hooks = ForwardHooks(modules)
+        self._before = Snapshot(modules, self._written, perturbed, self._lasting, self._hooks)
         try:
             yield
             if self._first is not None:
@@ -69,7 +72,8 @@ class Traces:
             result = evaluate()
             is_written = not self._before.is_now()
             if is_first and is_written:
-                self._first = Snapshot(self._modules, self._written, self._perturbed, self._before.lasting())
+                lasting = self._before.lasting()
+                self._first = Snapshot(self._modules, self._written, self._perturbed, lasting, self._hooks)
             return result
         finally:
             self._is_watched = True
