@@ -65,7 +65,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "small_weights": (partial(SparseMeZO, lr=1e-2, sparsity=0.5), {"precision": "bf16-true"}),
     "random_weights": (
         partial(SparseMeZO, lr=1e-2, mask="random"),
-        {"blocks": ["net.layers.0", "net.layers.1"], "order": WeightNorm},
+        {"precision": "64-true", "blocks": ["net.layers.0", "net.layers.1"], "order": WeightNorm},
     ),
     "outer_products": (
         partial(EGGROLL, lr=1e-2, rank=2, num_queries=3, weight_decay=0.1),
@@ -288,8 +288,9 @@ def main(folder: Path) -> None:
     def two() -> None:
         for name in RUNS:
             train(name, "ddp", 2, ZerothOrderDDP(), folder)
-            train(name, "fsdp", 2, ZerothOrderFSDP(), folder)
-            train(name, "fsdp-after-ddp", 2, ZerothOrderFSDP(), folder, "ddp-begun")
+            # By name, beside which Lightning takes double precision
+            train(name, "fsdp", 2, "zo_fsdp", folder)
+            train(name, "fsdp-after-ddp", 2, "zo_fsdp", folder, "ddp-begun")
         for run, strategy in (("fsdp", ZerothOrderFSDP()), ("ddp", ZerothOrderDDP())):
             train("factors", f"{run}-after-middle", 2, strategy, folder, "ddp-middle")
         refuse(folder)

@@ -43,6 +43,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
     Checkpoints are those of a single process, written by rank 0 from whole tensors. A run can be resumed from them on
     any number of ranks, under any strategy.
 
+    With double precision (``precision="64-true"``) choose it by its name: Lightning refuses an object of this class.
+
     Args:
         process_group_backend: gloo, nccl or another backend of ``torch.distributed``; if None, that of the devices.
         timeout: how long a rank waits for another one before it fails.
