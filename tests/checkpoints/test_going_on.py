@@ -195,6 +195,7 @@ def test_a_run_that_has_ended_ends_again_with_the_same_weights(ledger_run: MakeR
     assert again.keep.path.read_bytes() == ledger
     steps = [run.trainer.fit_loop.epoch_loop._batches_that_stepped for run in (ended, again)]  # of what a test logs
     assert steps == [12, 12]
+    assert ended.trainer.current_epoch == again.trainer.current_epoch == 2
     longer = ledger_run(callbacks=[EMAWeightAveraging(decay=0.5)], **EVERY_6).fit("last")
     assert longer.trainer.global_step == 20  # as nothing stops it any more
 

@@ -118,9 +118,11 @@ def ends_epoch_when_resumed(trainer: L.Trainer) -> bool:
 
 
 def count_last_batch(trainer: L.Trainer) -> None:
-    """Counts the last batch of a run that was restored after it, and does not train, for what is still logged.
+    """Counts the last batch of a run that was restored after it, and its epoch, for what is still logged.
 
     Lightning does so after it has saved the run, unless the epoch was over.
     """
-    progress = trainer.fit_loop.epoch_progress.current
-    trainer.fit_loop.epoch_loop._batches_that_stepped += progress.ready != progress.processed  # type: ignore[attr-defined]
+    loop: Any = trainer.fit_loop
+    progress = loop.epoch_progress.current
+    loop.epoch_loop._batches_that_stepped += progress.ready != progress.processed
+    progress.processed = progress.ready
