@@ -125,4 +125,4 @@ def count_last_batch(trainer: L.Trainer) -> None:
     loop: Any = trainer.fit_loop
     progress = loop.epoch_progress.current
     loop.epoch_loop._batches_that_stepped += progress.ready != progress.processed
-    progress.processed = progress.ready
+    progress.processed = progress.completed = progress.ready
