@@ -80,7 +80,7 @@ def written_to(which: str) -> ValueError:
     return ValueError(
         f"{which} is changed by the evaluation of the loss itself (an optimizer's step in it, a weight that is "
         "normalized or clamped, nn.Embedding's `max_norm`), so that losses cannot be compared. Change it between steps "
-        "(`on_train_batch_start`), or freeze it."
+        "(`on_train_batch_start`), or freeze it; if the network's first forward initializes it, run one before the fit."
     )
 
 
