@@ -33,7 +33,7 @@ from zolightning.callbacks import (
     folding,
 )
 from zolightning.checkpoints.replay import replay
-from zolightning.optim import EGGROLL, LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero
+from zolightning.optim import EGGROLL, LOZO, HiZOO, MeZO, MeZOAdam, SparseMeZO, StepRecord, SubZero, ZOAdaMM
 from zolightning.optim.dense import DenseOptimizer
 from zolightning.optim.estimators import OneSided, PerExample
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
@@ -71,6 +71,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
         partial(EGGROLL, lr=1e-2, rank=2, num_queries=3, weight_decay=0.1),
         {"precision": "bf16-true", "bad_step": 1},
     ),
+    "in_chunks": (partial(ZOAdaMM, lr=1e-2, update_precision="low_byte"), {"precision": "bf16-true"}),
     "own_shards": (partial(MeZOAdam, lr=1e-2, estimator=OneSided()), {"own": True, "frozen": "0.up"}),
 }
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {

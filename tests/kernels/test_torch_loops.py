@@ -124,4 +124,4 @@ class TestFallback:
 def test_chunks_cover_everything_once_in_order(numel: int, size: int) -> None:
     parts = [range(numel)[part] for part in chunks(numel, size)]
     assert [i for part in parts for i in part] == list(range(numel))
-    assert all(0 < len(part) <= size for part in parts)
+    assert parts and all(min(numel, 1) <= len(part) <= size for part in parts)

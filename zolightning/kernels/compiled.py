@@ -84,5 +84,8 @@ def slower(missing: str, error: Exception) -> None:
 
 
 def chunks(numel: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` elements."""
-    return (slice(start, min(start + size, numel)) for start in range(0, numel, size))
+    """Consecutive slices of at most `size` elements; of no elements one that is empty.
+
+    A rank may have no rows of a small parameter, but it has the same entries of its state as other ranks.
+    """
+    return (slice(start, min(start + size, numel)) for start in range(0, max(numel, 1), size))
