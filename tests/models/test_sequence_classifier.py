@@ -23,6 +23,8 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
+    FunnelConfig,
+    FunnelForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -97,6 +99,18 @@ def test_a_classifier_that_reads_the_end_of_a_text_is_accepted() -> None:
     tokenizer = tiny_tokenizer()
     model = BartForSequenceClassification(BartConfig(vocab_size=len(tokenizer), init_std=0.3, **widths, **sizes))
     refuse_reading_padding(model, tokenizer, lambda ids, mask: model(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+def test_a_classifier_that_pools_a_token_with_padding_is_refused() -> None:
+    """Only a text with an odd number of tokens, or one token of padding, shows it."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"block_sizes": [1, 1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "initializer_std": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FunnelForSequenceClassification(FunnelConfig(vocab_size=len(tokenizer), **sizes))
+    with pytest.raises(MisconfigurationException, match="FunnelForSequenceClassification, which does not mask padding"):
+        refuse_reading_padding(model, tokenizer, lambda ids, mask: model(ids, attention_mask=mask).logits)
 
 
 def test_a_new_head_is_drawn_said_and_trained(

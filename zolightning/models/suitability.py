@@ -14,7 +14,8 @@ from zolightning.models.scoring import last_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LENGTH, _PADDING = 8, 3  # tokens
+# Tokens. The length is odd, so that a network that pools pairs of tokens (Funnel) pools the last one with padding.
+_LENGTH, _PADDING = 9, 3
 
 
 @torch.no_grad()
