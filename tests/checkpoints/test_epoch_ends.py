@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -53,6 +54,12 @@ def shuffled(data: Any) -> Any:
 def by_rank(data: Any) -> Any:
     """Shuffled by a sampler that is told the epoch, as Lightning's are where there are several ranks."""
     return StatefulDataLoader(data, batch_size=4, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+
+
+def divided(data: Any) -> Any:
+    """Shuffled by torchdata's sampler, within the one that Lightning puts around it where there are several ranks."""
+    sampler = DistributedSamplerWrapper(shuffled(data).sampler, num_replicas=1, rank=0)
+    return StatefulDataLoader(data, batch_size=4, sampler=sampler)
 
 
 def cycled(data: Any) -> Any:
@@ -129,6 +136,9 @@ def fit(run: Run, loader: Any, path: Any = None, validate: bool = True) -> Run:
         (by_rank, 3, {}),
         (by_rank, EPOCH + 3, {}),
         (by_rank, 2 * EPOCH, {}),
+        (divided, 3, {}),
+        (divided, EPOCH + 3, {}),
+        (divided, 2 * EPOCH, {}),
         (of_its_own(StatefulDataLoader), 3, {}),
         (of_its_own(StatefulDataLoader), EPOCH, {}),
         (of_its_own(DataLoader), EPOCH, {}),

@@ -43,10 +43,10 @@ class ResumedEpoch:
         self._progress = (progress.current, progress.total)
         # Left over by Lightning where an epoch is over, or loaders existed before
         states = loop._combined_loader_states_to_load
-        if epoch := progress.current.processed:
+        if loop.restarted_mid_epoch or progress.current.processed:
             states = states or loop._combined_loader._state_dicts()
             for loader in loop._combined_loader.flattened:
-                _set_sampler_epoch(loader, epoch)
+                _set_sampler_epoch(loader, progress.current.processed)
         if states:
             loop._combined_loader._load_state_dicts(states)
             loop._combined_loader_states_to_load = []

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from zolightning.checkpoints.before_others import BeforeOthers
 from zolightning.checkpoints.checkpoint_io import remove_unfinished, require_writable, sole_writer
-from zolightning.checkpoints.generators import generators_of_all_ranks, restore_generators
+from zolightning.checkpoints.generators import drawing_again, generators_of_all_ranks, restore_generators
 from zolightning.checkpoints.keep_ledger import KeepLedger, ledger_of_run
 from zolightning.checkpoints.other_checkpoints import folder_of_others, refuse_two_last_steps
 from zolightning.checkpoints.resume import find_files_again
@@ -166,7 +166,8 @@ class SaveLast(ModelCheckpoint):
         self._stopping = 0
         self._is_training = True
         self._signal.listen(requeue_signal(trainer))
-        self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
+        with drawing_again(trainer, self._resumed.get("generators", ())):
+            self._first.epoch = epoch = ResumedEpoch(trainer, self._resumed.get("taken_back", False))
         self._first.metrics.restore(trainer, pl_module, self._resumed.get("metrics", ()), is_over=epoch.is_next)
         if self._resumed and not find_callbacks(trainer, KeepLedger):
             log_once(trainer)  # steps after the checkpoint that were already logged, and are taken again
