@@ -7,7 +7,7 @@ In the order of reading:
   ``scratch``, ``buffer``, ``small_tensors``.
 * Where they are read: ``known_reads``, ``find_reads``, ``gathered_weights``.
 * Every evaluation of a step starts from the same state: ``randomness``, ``fresh_batches``, ``traces``, ``snapshot``,
-  ``own_generators``, ``submodules``; ``nested`` finds the tensors of a batch.
+  ``own_generators``, ``submodules``, ``forward_hooks``; ``nested`` finds the tensors of a batch.
 * What evaluations share: the lower layers (``shared_prefix``); or one forward (``shared_forward``, ``row_groups``) for
   all weights (``stacked``) or for each example (``examples``).
 * Forwards replayed from CUDA graphs: ``graphs``, ``graph_capture``, ``graph_inputs``, ``graph_validity``.
