@@ -14,7 +14,7 @@ from zolightning.directions.perturbation import Perturbation
 from zolightning.directions.trials import FlippedBit
 from zolightning.evaluation import row_groups
 from zolightning.evaluation.perturbed import Perturbed
-from zolightning.evaluation.row_groups import RowGroups
+from zolightning.evaluation.row_groups import CannotStack, RowGroups
 from zolightning.evaluation.scratch import Scratch
 
 Makes = Callable[[nn.Parameter], Perturbation] | None  # what a group sees of a parameter; None: what is stored
@@ -114,3 +114,12 @@ def test_a_step_reads_each_parameter_once_for_both_signs(calls: list[str]) -> No
     optimizer.estimate(module.loss)
     rest = len(list(module.parameters())) - 1  # all but the embedding
     assert sorted(calls) == ["perturb_both"] * rest + ["perturb_rows"] * 2
+
+
+def test_a_view_of_a_buffer_is_not_split() -> None:
+    """As Swin reads its position biases: the flattened indices may be as many as rows, or a multiple of them."""
+    table, index = nn.Parameter(integers(5, 3)), torch.arange(4).view(2, 2)
+    groups = [Perturbed({table: make(table)}) for make in (PLUS, MINUS) if make]
+    stacked = RowGroups(groups, 2, {id(table): "table"}, {index.data_ptr()})
+    with torch.no_grad(), stacked, pytest.raises(CannotStack, match="reads `table` without the rows of a batch"):
+        table[index.view(-1)]

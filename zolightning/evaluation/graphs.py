@@ -275,7 +275,9 @@ def _twin(context: Perturbed, groups: Sequence[Perturbations]) -> Perturbed:
     """A copy of a context with other perturbations and its own scratch memory."""
     scratch = Scratch()
     contexts = [Perturbed(group, scratch=scratch) for group in groups]
-    return RowGroups(contexts, context.rows, context.held) if isinstance(context, RowGroups) else contexts[0]
+    if not isinstance(context, RowGroups):
+        return contexts[0]
+    return RowGroups(contexts, context.rows, context.held, context.memory)
 
 
 def _watched(context: Perturbed) -> Perturbations:

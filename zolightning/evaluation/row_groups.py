@@ -4,7 +4,7 @@ A function that reads a perturbed parameter runs once for all groups if it is a 
 gain, and otherwise once for each group's rows. Products and embeddings write all groups' rows to one output.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -44,14 +44,19 @@ class RowGroups(Perturbed):
         groups: the context of each group; none of them perturbs in place.
         rows: number of rows of all groups together. Tensors whose first dimension is a multiple of it are split.
         held: by their ids, the names of the network's own tensors, which are not split whatever their shape.
+        memory: where the network's buffers are stored, of which views are not split either: Swin reads its position
+            biases by the flattened indices in a buffer, which may be a multiple of the rows.
     """
 
-    def __init__(self, groups: Sequence[Perturbed], rows: int, held: Mapping[int, str]) -> None:
+    def __init__(
+        self, groups: Sequence[Perturbed], rows: int, held: Mapping[int, str], memory: Set[int] = frozenset()
+    ) -> None:
         _refuse_transforms()
         super().__init__(perturbed_by(groups), scratch=groups[0].scratch, readers=groups[0].readers)
         self.groups = groups
         self.rows = rows
         self.held = held
+        self.memory = memory
         self.cuts: list[tuple[Any, ...]] = []  # for each call: function, parameters read, which tensors were split
         self._cores: dict[int, Tensor] | None = None  # all groups' cores by the parameter's id, made at the first read
 
@@ -88,7 +93,10 @@ class RowGroups(Perturbed):
         return _joined(outputs)
 
     def _has_rows(self, tensor: Tensor) -> bool:
-        return bool(tensor.ndim) and len(tensor) % self.rows == 0 and id(tensor) not in self.held
+        is_multiple = bool(tensor.ndim) and len(tensor) % self.rows == 0 and id(tensor) not in self.held
+        if not is_multiple or not self.memory or not tensor.stride(0):  # one row repeated is the same for all groups
+            return is_multiple
+        return tensor.untyped_storage().data_ptr() not in self.memory
 
     def _spread(self, output: Any, index: int, tensors: list[Tensor]) -> Tensor:
         """A group's rows of an output computed without rows of the batch, such as position embeddings."""

@@ -50,7 +50,9 @@ class SharedForward:
         self._is_writing = False
         self.prompts: list[dict[str, Tensor]] = []  # the inputs of each call of `generate`, if it is a decoder's
         self._graphs = graphs
-        self._held = {id(buffer): name for name, buffer in network.named_buffers()}
+        buffers = dict(network.named_buffers())
+        self._memory = {buffer.untyped_storage().data_ptr() for buffer in buffers.values() if buffer.numel()}
+        self._held = {id(buffer): name for name, buffer in buffers.items()}
         parameters = dict(network.named_parameters())
         self._held |= {id(parameter): name for name, parameter in parameters.items()}
         self._generators = Generators({parameter.device for parameter in parameters.values()})
@@ -123,7 +125,7 @@ class SharedForward:
 
         args, kwargs = map_tensors(spread, (args, kwargs))
         total = self.count_rows(rows)
-        stacked = RowGroups(self._contexts, total, self._held)
+        stacked = RowGroups(self._contexts, total, self._held, self._memory)
         function: Any = self._network_generate if self._is_writing else self._network_forward
         graphs = None if self._is_writing else self._graphs
         # The network's own forward runs, not the one that would watch
