@@ -255,18 +255,21 @@ class ZerothOrderCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config[self.subcommand]
         is_new = self.config_init[self.subcommand].ckpt_path is None and self._ledger is None
-        for callback in callbacks_of(self.trainer):
+        callbacks = callbacks_of(self.trainer)
+        methods = [trial(callback.method) for callback in callbacks if isinstance(callback, ZerothOrder)]
+        for callback in callbacks:
             if isinstance(callback, ZerothOrder | BlockCoordinateDescent | LinearProbing):
                 callback.check(self.trainer, self.model)
             if isinstance(callback, LearningRateProbe) and is_new:
                 callback.check(self.trainer, self.model)
             if isinstance(callback, Scope) and not is_overridden("configure_model", self.model):
                 callback.check(self.trainer, self.model)
-            if isinstance(callback, ZerothOrder) and isinstance(self.trainer.strategy, ZerothOrderDDP):
-                self.trainer.strategy.check(trial(callback.method))
             if isinstance(callback, SaveLast):
                 refuse_two_last_steps(self.trainer, callback)
-        check_training(self.trainer, self.model, self.datamodule)
+        if isinstance(strategy := self.trainer.strategy, ZerothOrderDDP):
+            for method in methods:
+                strategy.check(method)
+        check_training(self.trainer, self.model, self.datamodule, methods)
         check_monitors(self.trainer, self.model, self.datamodule)
         # Now, not only with a validation: a fit must be the same with and without one, as a resumed run has none. An
         # average of the weights has the dtype that they have now.

@@ -99,6 +99,10 @@ pytestmark = [
             ("--method", "null", "--data.task.objective", "accuracy"),
             "The task's `objective` is 'accuracy', which has no",
         ),
+        (
+            ("--method.estimator", "ForwardGradient", "--data.task.objective", "accuracy"),
+            "The task's `objective` is 'accuracy', which has no gradient: name a zeroth-order `method` (without",
+        ),
         (("--data.task.objective", "f1"), "`data.task`: `objective` must be one of ('classification', 'accuracy', 'la"),
         (("--checkpoint.filename", "last"), "`filename` of ModelCheckpoint is 'last', but SaveLast keeps the last st"),
         (("--checkpoint.monitor", "val/acc"), "`checkpoint.monitor` asks for the metric 'val/acc', which the valida"),

@@ -23,6 +23,8 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
+    CanineConfig,
+    CanineForSequenceClassification,
     FunnelConfig,
     FunnelForSequenceClassification,
     LlamaConfig,
@@ -111,6 +113,15 @@ def test_a_classifier_that_pools_a_token_with_padding_is_refused() -> None:
         model = FunnelForSequenceClassification(FunnelConfig(vocab_size=len(tokenizer), **sizes))
     with pytest.raises(MisconfigurationException, match="FunnelForSequenceClassification, which does not mask padding"):
         refuse_reading_padding(model, tokenizer, lambda ids, mask: model(ids, attention_mask=mask).logits)
+
+
+def test_a_classifier_of_hashed_characters_is_refused() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    model = CanineForSequenceClassification(CanineConfig(num_hash_functions=2, num_hash_buckets=8, **sizes))
+    with pytest.raises(
+        MisconfigurationException, match="CanineForSequenceClassification, which has no table of the emb"
+    ):
+        refuse_reading_padding(model, tiny_tokenizer(), lambda ids, mask: model(ids, attention_mask=mask).logits)
 
 
 def test_a_new_head_is_drawn_said_and_trained(

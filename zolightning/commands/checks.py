@@ -1,6 +1,6 @@
 """Finds mistakes before the first step, cheapest checks first: settings, folders, rows, metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from zolightning.callbacks import ZerothOrder
 from zolightning.callbacks.refusals import refuse_precision, refuse_strategy
 from zolightning.checkpoints.checkpoint_io import require_writable
 from zolightning.checkpoints.resume import folder_settings
@@ -21,7 +20,8 @@ from zolightning.commands.quiet import quiet
 from zolightning.models.pretrained_module import PretrainedModule
 from zolightning.models.spread import refuse_misplaced, refuse_training_offloaded
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.partners import callbacks_of, find_callbacks
+from zolightning.optim.estimators import ForwardGradient
+from zolightning.partners import callbacks_of
 from zolightning.scopes.scope import scopes_of
 from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
@@ -175,10 +175,15 @@ def check_data(config: Namespace, datamodule: Any, subcommand: str) -> None:
         datamodule.check_rows("test")
 
 
-def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
-    """Checks, before anything is validated or written, that backpropagation is not asked for where it cannot work.
+def check_training(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    methods: Collection[ZerothOrderOptimizer],
+) -> None:
+    """Checks, before anything is validated or written, that derivatives are not asked for where there are none.
 
-    A reward has no gradient, and the package's strategies average no gradients.
+    A reward has no gradient, and the package's strategies average no gradients. `methods` are those of the Trainer.
 
     Raises:
         MisconfigurationException: naming the strategy, the device map, the objective or the reward.
@@ -187,11 +192,11 @@ def check_training(trainer: L.Trainer, model: L.LightningModule, datamodule: L.L
         if not scopes_of(trainer):
             refuse_training_offloaded(network)
         refuse_misplaced(network, trainer, "fit", getattr(model, "save_frozen", True))
-    is_zeroth_order = bool(find_callbacks(trainer, ZerothOrder))
     if isinstance(model, PretrainedModule):
-        model.check_objective(datamodule, by_gradients=not is_zeroth_order)
+        differentiates = any(isinstance(method.estimator, ForwardGradient) for method in methods)
+        model.check_objective(datamodule, by_gradients=differentiates or not methods)
     ours = isinstance(trainer.strategy, ZerothOrderDDP | ZerothOrderFSDP)
-    if ours and not is_zeroth_order and model.automatic_optimization:
+    if ours and not methods and model.automatic_optimization:
         name = "zo_ddp" if isinstance(trainer.strategy, ZerothOrderDDP) else "zo_fsdp"
         raise MisconfigurationException(
             f"`trainer.strategy` is '{name}', under which no gradients are averaged, but `method` is not given. Use "

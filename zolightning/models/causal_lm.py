@@ -140,7 +140,8 @@ class CausalLM(LanguageModel):
             )
         if by_gradients:
             raise MisconfigurationException(
-                "`model.reward` has no gradient: name a zeroth-order `method`, or add the callback `ZerothOrder`."
+                "`model.reward` has no gradient: name a zeroth-order `method` (without ForwardGradient()), or add the "
+                "callback `ZerothOrder`."
             )
 
     def _rewarded(self, batch: Batch, reward: Reward, generation: Generation) -> dict[str, Tensor]:

@@ -165,8 +165,8 @@ class PretrainedModule(L.LightningModule):
         """Raises MisconfigurationException if something that has no gradient would be trained by gradients."""
         if by_gradients and getattr(getattr(datamodule, "task", None), "objective", None) == "accuracy":
             raise MisconfigurationException(
-                "The task's `objective` is 'accuracy', which has no gradient: name a zeroth-order `method`, or add the "
-                "callback `ZerothOrder`."
+                "The task's `objective` is 'accuracy', which has no gradient: name a zeroth-order `method` (without "
+                "ForwardGradient()), or add the callback `ZerothOrder`."
             )
 
     def validation_metrics(self, datamodule: Any) -> tuple[str, ...]:

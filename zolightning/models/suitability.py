@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 _LENGTH, _PADDING = 9, 3
 
 
+def embeddings_of(model: "PreTrainedModel") -> Tensor:
+    """The embeddings of a model's tokens, (tokens, width).
+
+    Raises:
+        MisconfigurationException: if it has no such table.
+    """
+    try:
+        return model.get_input_embeddings().get_parameter("weight")
+    except (AttributeError, NotImplementedError):  # of transformers: CANINE hashes characters, for one
+        raise MisconfigurationException(
+            f"`model_name` is a {type(model).__name__}, which has no table of the embeddings of its tokens. Use a "
+            "model that has one."
+        ) from None
+
+
 @torch.no_grad()
 def refuse_unsuitable(model: "PreTrainedModel") -> None:
     """Runs a model of transformers twice, over some of its tokens, in the dtype and on the device that it has.
@@ -29,7 +44,7 @@ def refuse_unsuitable(model: "PreTrainedModel") -> None:
             answer that it scores; or the scores of a text depend on the padding beside it, so on the other texts of a
             batch.
     """
-    weight = model.get_input_embeddings().get_parameter("weight")
+    weight = embeddings_of(model)
     ids = torch.linspace(len(weight) // 2, len(weight) - 1, _LENGTH).long()  # special tokens are among the first
     changed = ids.clone()
     changed[-1] = ids[-2]
@@ -63,7 +78,7 @@ def refuse_reading_padding(
         MisconfigurationException: if the values exceed float16, or depend on the padding beside a text; or the model
             lacks the token for padding.
     """
-    weight = model.get_input_embeddings().get_parameter("weight")
+    weight = embeddings_of(model)
     if (tokenizer.pad_token_id or 0) >= len(weight):
         raise MisconfigurationException(
             f"The token for padding of `model_name`, {tokenizer.pad_token!r}, has the id {tokenizer.pad_token_id}, "
@@ -98,7 +113,7 @@ def refuse_unsuitable_pair(model: "PreTrainedModel", log_probs_of: Callable[[dic
     Raises:
         MisconfigurationException: if it cannot be run like this, or an answer's score depends on others beside it.
     """
-    weight = model.get_input_embeddings().get_parameter("weight")
+    weight = embeddings_of(model)
     ids = torch.linspace(len(weight) // 2, len(weight) - 1, _LENGTH).long().to(_device_of(model))
     kept = torch.arange(_LENGTH, device=ids.device) < _LENGTH - _PADDING
     prompts = torch.stack([ids, ids.where(kept, getattr(model.config, "pad_token_id", 0) or 0)])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import Tensor
 
 from zolightning.models.pretrained_module import PretrainedModule
+from zolightning.models.suitability import embeddings_of
 from zolightning.network.prefix import prefix_of
 from zolightning.scopes import PrefixTuning
 
@@ -44,7 +45,7 @@ class TextModule(PretrainedModule):
     @property
     def num_embeddings(self) -> int:
         """The number of tokens that the model knows; the tokenizer may have more, which no text should contain."""
-        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+        return len(embeddings_of(self.model))
 
     def logits_both_ways(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The logits of a network that reads a text both ways, for tokens and their mask, both (rows, length).
