@@ -4,12 +4,14 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from conftest import METHODS
@@ -154,3 +156,40 @@ def test_one_rank_of_zo_ddp_does_what_a_process_without_a_strategy_does(
     assert all(torch.equal(rank_weights[name], weight) for name, weight in weights.items())
     weight_bytes = sum(weight.nbytes for weight in weights.values())
     assert rank_allocated - allocated < weight_bytes / 4  # DistributedDataParallel would hold as much again
+
+
+def shard_last_layer(module: Any) -> None:
+    fully_shard(module.net[3], mesh=module.trainer.strategy.device_mesh["data_parallel"])
+
+
+@DEVICES
+@pytest.mark.usefixtures("one_rank")
+def test_one_rank_of_zo_fsdp_goes_on_as_a_process_without_a_strategy_does(
+    device: str,
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., DataLoader],
+    tmp_path: Path,
+) -> None:
+    """One layer is sharded, and is on the GPU before the others are; its vector is not there while they run."""
+    found = []
+    for strategy in ("auto", "zo_fsdp"):
+        records, path = [], None
+        for max_epochs in (1, 2):
+            module, watching = make_regression(), Watching()
+            trainer = make_trainer(
+                accelerator="gpu" if device == "cuda" else "cpu",
+                strategy=strategy,
+                use_distributed_sampler=False,
+                max_epochs=max_epochs,
+                callbacks=[ZerothOrder(partial(MeZO, lr=1e-2)), watching],
+            )
+            if strategy == "zo_fsdp":
+                module.configure_model = partial(shard_last_layer, module)
+            trainer.fit(module, regression_data(), ckpt_path=path)
+            trainer.save_checkpoint(path := tmp_path / f"{strategy}-{max_epochs}.ckpt")
+            records += watching.records
+        found.append((records, torch.load(path, map_location="cpu", weights_only=False)["state_dict"]))
+    (records, weights), (ranked, rank_weights) = found
+    assert len(records) == 14 and ranked == records
+    assert all(torch.equal(rank_weights[name], weight) for name, weight in weights.items())

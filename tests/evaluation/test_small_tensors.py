@@ -128,6 +128,25 @@ def test_what_somebody_holds_is_not_overwritten() -> None:
         assert torch.equal(gain, expected.exp())
 
 
+@pytest.mark.usefixtures("as_on_a_gpu", "no_grad")
+def test_a_vector_may_get_its_memory_after_others_were_read() -> None:
+    """As FSDP's do, whose layers are gathered one after the other."""
+    net = ReturnsItsBias()
+    added = perturbations(net, 0.05)
+    expected = [torch.empty(5), torch.empty(3)]
+    for parameter, out in zip(net.parameters(), expected, strict=True):
+        added[parameter].add_to(parameter, out)
+    memory = net.gain.untyped_storage()
+    held = memory.clone()
+    memory.resize_(0)
+    with Perturbed(added):
+        bias = net.bias * 1
+        memory.resize_(held.nbytes())
+        memory.copy_(held)
+        gain = net.gain * 1
+    assert torch.equal(bias, expected[0]) and torch.equal(gain, expected[1])
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_memory_stays_from_one_evaluation_to_the_next(no_grad: None) -> None:
     net, scratch = mlp(), Scratch()

@@ -14,7 +14,7 @@ from torch import Tensor
 import rank_runs
 from forked_ranks import run_program
 from rank_runs import RUNS
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 from zolightning.strategies.ranks import Layout, checksum
 
 Results = dict[tuple[str, int, int], dict[str, Any]]
@@ -188,6 +188,19 @@ def test_the_last_process_of_two_nodes_reads_the_rows_of_the_last_group(
     assert (trainer.world_size, trainer.global_rank) == (4, 3)
     assert trainer.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
     assert strategy.layout.perturbation_rank(trainer.global_rank) == 1
+
+
+@pytest.mark.parametrize("strategy", [ZerothOrderDDP, ZerothOrderFSDP])
+def test_a_sum_or_a_mean_has_no_barrier(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host would wait at it for its GPU, in every step that logs a mean."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "barrier", None)
+        for operation in ("mean", "sum", "max", torch.distributed.ReduceOp.AVG):
+            assert strategy().reduce(torch.tensor([1, 2]), reduce_op=operation).tolist() == [1, 2]
+        assert strategy().reduce("no tensor") == "no tensor"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_layout_says_what_each_rank_does() -> None:

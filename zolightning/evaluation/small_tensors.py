@@ -99,7 +99,8 @@ def _small(
 ) -> tuple[Tensor | None, Direction | None, tuple[int, ...], bool]:
     """A small tensor to be made: what the direction is added to (None for zeros), the direction (None if there is
     nothing to make), the tensor's shape, and whether it requires gradients."""
-    if isinstance(change, Direction) and parameter.ndim < 2 and parameter.is_contiguous():
+    is_freed = not parameter.untyped_storage().nbytes()  # one that FSDP gathers when its layer runs
+    if isinstance(change, Direction) and parameter.ndim < 2 and parameter.is_contiguous() and not is_freed:
         is_scaled = isinstance(change, ScaledDirection) and isinstance(change.curvature, FullCurvature)
         if is_scaled or type(change) is Direction:
             return parameter, change, tuple(parameter.shape), parameter.requires_grad

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from zolightning.directions.shards import is_sharded
 from zolightning.evaluation.nested import tensors_in
@@ -199,14 +200,26 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
 
 
-def with_exact_mean(tensor: Any, reduce_op: Any) -> Any:
-    """A tensor to be reduced, converted to float64 if it holds integers and their mean is asked for.
+def reduced(tensor: Any, group: Any | None, reduce_op: ReduceOp | str | None) -> Any:
+    """What ``Strategy.reduce`` returns, as with Lightning's strategies up to two things.
 
-    Lightning rounds such a mean down to an integer, and ``self.log(..., sync_dist=True)`` divides by the mean of the
-    ranks' numbers of examples: the mean of five ones on two ranks would be 5/2 / 2.
+    There is no barrier, at which the host would wait for the GPU. And a mean of integers is in float64: Lightning
+    rounds it down, and ``self.log(..., sync_dist=True)`` divides by the mean of the ranks' numbers of examples: the
+    mean of five ones on two ranks would be 5/2 / 2.
+
+    Args:
+        tensor: to be reduced over ranks, in place unless it changes its dtype; anything else is returned as it is.
+        group: of ranks; all of them if None.
+        reduce_op: an operation of ``torch.distributed``, or its name; also "mean".
     """
-    is_mean = reduce_op in ("mean", "avg", torch.distributed.ReduceOp.AVG)
-    return tensor.double() if is_mean and isinstance(tensor, Tensor) and not tensor.is_floating_point() else tensor
+    if not isinstance(tensor, Tensor) or not torch.distributed.is_initialized():
+        return tensor
+    is_mean = reduce_op in ("mean", "avg", ReduceOp.AVG)  # which gloo does not have
+    if is_mean and not tensor.is_floating_point():
+        tensor = tensor.double()
+    operation = getattr(ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) and not is_mean else reduce_op
+    torch.distributed.all_reduce(tensor, ReduceOp.SUM if is_mean else operation, group)
+    return tensor.div_(torch.distributed.get_world_size(group)) if is_mean else tensor
 
 
 def leave_at_exit() -> None:

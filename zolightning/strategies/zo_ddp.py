@@ -4,7 +4,6 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.accelerators import Accelerator
@@ -13,12 +12,12 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, device
+from torch import device
 from torch.distributed import ReduceOp
 
 from zolightning.checks import require_integer
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit, with_exact_mean
+from zolightning.strategies.ranks import CHECK_INTERVAL, Layout, leave_at_exit, reduced
 
 
 class ZerothOrderDDP(DDPStrategy):
@@ -154,12 +153,7 @@ class ZerothOrderDDP(DDPStrategy):
             self.batch = None
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """As under ``ddp``, but without its barrier, at which the host would wait for the GPU, and without rounding."""
-        op = getattr(ReduceOp, reduce_op.upper(), None) if isinstance(reduce_op, str) else reduce_op
-        if not isinstance(tensor, Tensor) or op in (None, ReduceOp.AVG) or not torch.distributed.is_initialized():
-            return super().reduce(with_exact_mean(tensor, reduce_op), group, reduce_op)
-        torch.distributed.all_reduce(tensor, op, group)
-        return tensor
+        return reduced(tensor, group, reduce_op)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

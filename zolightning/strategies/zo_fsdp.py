@@ -22,7 +22,7 @@ from zolightning.evaluation.stacked import networks_of
 from zolightning.layers import find_layers
 from zolightning.messages import some
 from zolightning.optim import ZerothOrderOptimizer
-from zolightning.strategies.ranks import leave_at_exit, with_exact_mean
+from zolightning.strategies.ranks import leave_at_exit, reduced
 
 
 class ZerothOrderFSDP(ModelParallelStrategy):
@@ -123,8 +123,7 @@ class ZerothOrderFSDP(ModelParallelStrategy):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"], ignored_params=kept)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """As in Lightning's base class, but without rounding means of integers."""
-        return super().reduce(with_exact_mean(tensor, reduce_op), group, reduce_op)
+        return reduced(tensor, group, reduce_op)
 
     # Checkpoints: those of Lightning's base class, with whole tensors
 
@@ -145,6 +144,8 @@ class ZerothOrderFSDP(ModelParallelStrategy):
         if any(map(is_sharded, module.parameters())):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # takes a second
 
+            # What is not sharded is still where it was made, and torch fills tensors of one device only
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.root_device))
             options = StateDictOptions(full_state_dict=True, strict=strict)
             set_model_state_dict(module, checkpoint["state_dict"], options=options)
         else:
