@@ -1,5 +1,6 @@
 """Layers below the first trained one run once a step, and no loss changes by a bit."""
 
+import gc
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -292,6 +293,23 @@ def test_no_more_is_kept_than_allowed_and_nothing_for_other_parameters() -> None
     net.runs[:] = [0] * 4
     batches(net, optimizer, [1])
     assert net.runs == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("trained", ["layers.2", ""])
+def test_nothing_of_a_step_waits_for_the_garbage_collector(trained: str) -> None:
+    """Which comes after some steps: directions, snapshots and caches of a device's memory would add up until then."""
+    net = Layers()
+    net.train_only(trained)
+    optimizer = MeZO(net.parameters(), lr=0.1, eps=0.1, seed=0)
+    optimizer.attach(net)
+    gc.disable()
+    try:
+        batches(net, optimizer, [0, 1])
+        gc.collect()
+        batches(net, optimizer, [2])
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_callback_says_how_much_is_kept(make_trainer: Callable[..., L.Trainer]) -> None:

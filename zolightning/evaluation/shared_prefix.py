@@ -152,8 +152,10 @@ class SharedPrefix:
     def _record(self, perturbed: Perturbed) -> Iterator[None]:
         depth, runs, caches, continues = 0, 0, _Caches(), False
 
-        def keep(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # It is given itself: if it or `watch` held it, directions and caches would stay until garbage is collected
+        def forward(this: Callable[..., Any], index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal depth, runs, continues
+            output = own(*args, **kwargs)
             if index == 0:
                 runs += 1
                 self._runs += 1
@@ -162,23 +164,20 @@ class SharedPrefix:
                 continues = caches.come_again(args, kwargs) or continues
             if runs == 1 and index == depth and not perturbed.has_touched_any():
                 depth, self._outputs = index + 1, [(output, self._generators.states())]
-                watch(depth)
+                watch(this, depth)
             elif runs > 1 and index + 1 == depth:  # another part of the batch, after all parameters have been read
                 self._outputs.append((output, self._generators.states()))
-
-        def forward(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            keep(index, args, kwargs, output)
             return output
 
         with ExitStack() as stack:
 
-            def watch(index: int) -> None:
+            def watch(this: Callable[..., Any], index: int) -> None:
                 # Hooks that other code has put on a layer must see it run.
                 if index < len(self.layers) and not _is_hooked(layer := self.layers[index]):
-                    stack.enter_context(replaced_forward(layer, partial(forward, index, layer.forward)))
+                    own = partial(this, this, index, layer.forward)
+                    stack.enter_context(replaced_forward(layer, own))
 
-            watch(0)
+            watch(forward, 0)
             yield
         self.depth = depth
         if depth and continues:

@@ -79,32 +79,33 @@ class ModuleSnapshot:
         self.generators: list[tuple[Any, Any]] = []  # and their states
         self.tensors: list[TensorSnapshot] = []
 
-        def visit(value: Any) -> None:
-            kind = type(value)
-            if kind in _CONTAINERS:
-                self.containers.append(value)
-                self.contents.append(copy.copy(value))
-                for member in value.values() if isinstance(value, dict) else value:
-                    if type(member) not in _NUMBERS:
-                        visit(member)
-            elif kind is nn.Parameter or isinstance(value, Tensor):
-                if id(value) in known:
-                    self.tensors.append(known[id(value)])
-                elif id(value) not in perturbed and not value.is_inference() and not _holds_more(value):
-                    is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
-                    known[id(value)] = TensorSnapshot(value, is_small or id(value) in written)
-                    self.tensors.append(known[id(value)])
-            elif is_generator(value):
-                self.generators.append((value, state_of(value)))
-
         for name in ("_parameters", "_buffers"):
             if held := self.saved.get(name):
-                visit(held)
+                self._visit(held, written, perturbed, known)
         registries = len(self.containers)
         for name, value in self.saved.items():
             if type(value) not in _NUMBERS and name not in _SKIPPED:
-                visit(value)
+                self._visit(value, written, perturbed, known)
         self.has_only_registries = len(self.containers) == registries and not self.generators
+
+    # A method, since a nested function that calls itself keeps the tensors alive until garbage is collected
+    def _visit(self, value: Any, written: Set[int], perturbed: Set[int], known: dict[int, TensorSnapshot]) -> None:
+        kind = type(value)
+        if kind in _CONTAINERS:
+            self.containers.append(value)
+            self.contents.append(copy.copy(value))
+            for member in value.values() if isinstance(value, dict) else value:
+                if type(member) not in _NUMBERS:
+                    self._visit(member, written, perturbed, known)
+        elif kind is nn.Parameter or isinstance(value, Tensor):
+            if id(value) in known:
+                self.tensors.append(known[id(value)])
+            elif id(value) not in perturbed and not value.is_inference() and not _holds_more(value):
+                is_small = value.numel() <= _SMALL and not isinstance(value, nn.Parameter) and not value.is_meta
+                known[id(value)] = TensorSnapshot(value, is_small or id(value) in written)
+                self.tensors.append(known[id(value)])
+        elif is_generator(value):
+            self.generators.append((value, state_of(value)))
 
     def restore(self) -> None:
         """Restores everything but tensors."""
