@@ -3,6 +3,7 @@
 import os
 import signal
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -83,6 +84,19 @@ def test_of_the_whole_epoch(request: pytest.FixtureRequest, runs: str, kill: int
     resumed.assert_ends_as(whole)
     later = {step: metrics for step, metrics in whole.epochs.found.items() if step > kill // EPOCH * EPOCH}
     assert {step: resumed.epochs.found[step] for step in later} == later
+
+
+@pytest.mark.gpu
+def test_of_the_whole_epoch_are_on_a_gpu_where_ranks_reduce_them(make_run: Any) -> None:
+    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "last": {"every_n_train_steps": 3}}
+    killed = make(make_run, "run", **options)
+    killed.module.in_step.at[12] = die
+    with pytest.raises(Killed):
+        killed.fit(validate=False)
+    resumed = make(make_run, "run", **options)
+    with patch.object(resumed.module, "log", wraps=resumed.module.log) as log:
+        resumed.fit("last", validate=False)
+    assert {call.args[1].device.type for call in log.mock_calls if call.args[0] == "early"} == {"cuda"}
 
 
 def test_of_the_next_epoch_alone_where_a_loader_begins_it(make_run: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torchmetrics import Metric
 
 from zolightning.training_loop import is_at_end_of_batch
@@ -57,7 +58,9 @@ class RunningMetrics:
         is_as_many = len(saved) == trainer.world_size
         own = saved[trainer.global_rank if is_as_many else 0] if saved else {}
         trainer._logger_connector._callback_metrics.update(own.get("callback", {}))
-        self._earlier = dict(own.get("epoch", {})) if is_as_many and not is_over else {}
+        # Which may be logged as they are, and be reduced over ranks, where NCCL needs them on its device
+        earlier = move_data_to_device(own.get("epoch", {}), module.device)
+        self._earlier = earlier if is_as_many and not is_over else {}
         self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         for sums in self._earlier.values():
             if (metric := self._metrics.get(sums["attribute"])) is not None:
@@ -69,11 +72,11 @@ class RunningMetrics:
         for key in [key for key in self._earlier if key in results and not results[key].has_reset]:
             state, result = self._earlier.pop(key)["state"], results[key]
             if result.is_tensor:
-                own, before = result.value, state["value"].to(result.value.device)
+                own, before = result.value, state["value"]
                 is_extreme = result.meta.is_max_reduction or result.meta.is_min_reduction
                 result.value = result.meta.reduce_fx(before, own) if is_extreme else before + own
                 if result.meta.is_mean_reduction:
-                    result.cumulated_batch_size += state["cumulated_batch_size"].to(own.device)
+                    result.cumulated_batch_size += state["cumulated_batch_size"]
                 result._computed = None
 
     def epoch_ends(self, module: L.LightningModule) -> None:
@@ -97,7 +100,6 @@ def _copied(state: Any) -> Any:
 
 def _restore(metric: Metric, sums: dict[str, Any]) -> None:
     for name, state in sums["state"].items():
-        is_list = isinstance(state, list)
-        setattr(metric, name, [part.to(metric.device) for part in state] if is_list else state.to(metric.device))
+        setattr(metric, name, move_data_to_device(state, metric.device))
     metric._update_count = sums["updates"]
     metric._computed = None
