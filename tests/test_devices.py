@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from conftest import METHODS
+from conftest import METHODS, Regression
 from optimizer_steps import DTYPES, attached
 from stacked_runs import DEVICES
 from zolightning.callbacks import ZerothOrder
 from zolightning.optim import HiZOO, MeZO, StepRecord, SubspaceOptimizer, ZerothOrderOptimizer
-from zolightning.strategies import ZerothOrderDDP
+from zolightning.strategies import ZerothOrderDDP, ZerothOrderFSDP
 
 # Noise, sums and quotients that are rounded alike everywhere
 EXACT = ("mezo-all", "mezo-low-byte", "mezo-adam-weight-decay", "hizoo-centered", "sparse-mezo", "sparse-mezo-fixed")
@@ -158,16 +158,23 @@ def test_one_rank_of_zo_ddp_does_what_a_process_without_a_strategy_does(
     assert rank_allocated - allocated < weight_bytes / 4  # DistributedDataParallel would hold as much again
 
 
-def shard_last_layer(module: Any) -> None:
-    fully_shard(module.net[3], mesh=module.trainer.strategy.device_mesh["data_parallel"])
+class Sharded(Regression):
+    """Shards one of its two layers, and is validated before it is trained."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ZerothOrderFSDP):
+            fully_shard(self.net[3], mesh=self.trainer.strategy.device_mesh["data_parallel"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx), sync_dist=True)
 
 
 @DEVICES
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 def test_one_rank_of_zo_fsdp_goes_on_as_a_process_without_a_strategy_does(
     device: str,
     make_trainer: Callable[..., L.Trainer],
-    make_regression: Callable[..., L.LightningModule],
     regression_data: Callable[..., DataLoader],
     tmp_path: Path,
 ) -> None:
@@ -176,7 +183,7 @@ def test_one_rank_of_zo_fsdp_goes_on_as_a_process_without_a_strategy_does(
     for strategy in ("auto", "zo_fsdp"):
         records, path = [], None
         for max_epochs in (1, 2):
-            module, watching = make_regression(), Watching()
+            watching = Watching()
             trainer = make_trainer(
                 accelerator="gpu" if device == "cuda" else "cpu",
                 strategy=strategy,
@@ -184,9 +191,7 @@ def test_one_rank_of_zo_fsdp_goes_on_as_a_process_without_a_strategy_does(
                 max_epochs=max_epochs,
                 callbacks=[ZerothOrder(partial(MeZO, lr=1e-2)), watching],
             )
-            if strategy == "zo_fsdp":
-                module.configure_model = partial(shard_last_layer, module)
-            trainer.fit(module, regression_data(), ckpt_path=path)
+            trainer.fit(Sharded(), regression_data(), regression_data(), ckpt_path=path)
             trainer.save_checkpoint(path := tmp_path / f"{strategy}-{max_epochs}.ckpt")
             records += watching.records
         found.append((records, torch.load(path, map_location="cpu", weights_only=False)["state_dict"]))

@@ -86,6 +86,9 @@ class ZerothOrderFSDP(ModelParallelStrategy):
                 "`configure_model`, after `fully_shard`: `to_empty(device=...)`, then torch's `set_model_state_dict`."
             )
         accelerator.setup(trainer)
+        loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
+        for loop in loops:  # in inference mode gathered weights become tensors that no training can use later
+            loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(module)
         if not any(isinstance(submodule, FSDPModule) for submodule in module.modules()):
             self._shard(module)
