@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from graph_runs import (
 )
 from training import assert_equal, weights
 from zolightning.evaluation.graph_capture import CudaCapture
+from zolightning.evaluation.graphs import GraphedNetwork
 from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.outside_memory import OutsideMemory
 from zolightning.evaluation.perturbed import Perturbed
 from zolightning.optim import EGGROLL, LOZO, MeZO, SubZero, ZerothOrderOptimizer, ZOMuon
 from zolightning.optim.estimators import OneSided
@@ -131,6 +134,28 @@ class TestWhichGraphs:
         step(inputs(2, 4))
         assert not runs
 
+    def test_replays_that_are_compared(self) -> None:
+        """The first two, since the second one sees another perturbation, and one in another step."""
+        runs = []
+
+        class Counting(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                runs.append(x.shape)
+                return super().forward(x)
+
+        module = seeded(lambda: Counting(4, 3))
+        optimizer = MeZO(module.parameters(), lr=1e-2, num_queries=4, seed=5)
+        optimizer.attach(module)
+        optimizer.estimate(partial(module.loss, inputs(1, 4)))  # which finds out where parameters are read
+        optimizer.evaluator.graphs = GraphedNetwork(module.net, CPUCapture())
+        counts = []
+        for seed in range(3):
+            runs.clear()
+            optimizer.estimate(partial(module.loss, inputs(2, 4, seed=seed)))
+            optimizer.step()
+            counts.append(len(runs))
+        assert counts == [5, 1, 0]  # recording takes two runs
+
     def test_weights_at_another_address_and_other_attributes(self) -> None:
         class Scaled(nn.Linear):
             scale = 2.0
@@ -149,6 +174,130 @@ class TestWhichGraphs:
                     net.scale = 3.0
             assert equal([step(inputs(2, 4, seed=seed))], [plain_step(inputs(2, 4, seed=seed))])
         assert capture.recorded == 3
+
+
+class Cached(nn.Linear):
+    """A layer that keeps what it has computed from a weight until someone empties its cache."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "gain" not in self.cache:
+            self.cache["gain"] = self.bias.exp()
+        return super().forward(x) * self.cache["gain"]
+
+
+class Configured(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.config = SimpleNamespace(scale=1.0)
+        self.pair = (1.0, [1.0])
+        self.on_the_host = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.config.scale * self.pair[1][0] * float(self.on_the_host.numpy())
+
+
+class TestTheStateOfTheNetwork:
+    """The losses of runs with and without graphs, where something in the network changes."""
+
+    @staticmethod
+    def compare(
+        make: Callable[[], nn.Module],
+        loss: Callable[[nn.Module, int], Tensor],
+        between: Callable[[nn.Module, int], Any] = lambda *_: None,
+    ) -> CPUCapture:
+        capture = CPUCapture()
+        records = []
+        for is_graphed in (False, True):
+            module = seeded(make)
+            optimizer = MeZO(module.parameters(), lr=1e-2, num_queries=2, seed=5)
+            optimizer.attach(module)
+            if is_graphed:
+                optimizer.evaluator.graphs = GraphedNetwork(module.net, capture)
+            records.append([])
+            for step in range(6):
+                between(module.net, step)
+                records[-1].append(optimizer.estimate(partial(loss, module.net, step)))
+                optimizer.step()
+        assert equal(*records)
+        return capture
+
+    def test_a_second_call_with_other_attributes(self) -> None:
+        def loss(net: nn.Module, step: int) -> Tensor:
+            output = net(inputs(2, 4, seed=step))
+            net.config.scale = 2.0  # as a reference without adapters
+            try:
+                return (output - net(inputs(2, 4, seed=step))).square().mean() + output.mean()
+            finally:
+                net.config.scale = 1.0
+
+        with pytest.warns(UserWarning, match="these calls run without a graph") as caught:
+            capture = self.compare(Configured, loss)
+        assert len(caught) == 1
+        assert capture.recorded == 1
+        assert capture.replayed == 23
+
+    def test_a_hook_around_a_call(self) -> None:
+        found = []
+
+        def loss(net: nn.Module, step: int) -> Tensor:
+            handle = net[3].register_forward_hook(lambda *args: found.append(args[-1].sum())) if step > 2 else None
+            output = net(inputs(2, 4, seed=step)).square().mean()
+            if handle is not None:
+                handle.remove()
+                output = output + found.pop()
+            return output
+
+        with pytest.warns(UserWarning, match="these calls run without a graph"):
+            self.compare(mlp, loss)
+
+    @pytest.mark.parametrize("is_emptied", [False, True])
+    def test_a_cache_of_what_was_computed_from_weights(self, is_emptied: bool) -> None:
+        """The one that is filled during an evaluation is undone afterwards, and knows only its perturbation."""
+        with pytest.warns(UserWarning, match="changes what its modules hold") if is_emptied else nullcontext():
+            capture = self.compare(
+                Cached,
+                lambda net, step: net(inputs(2, 4, seed=step)).square().mean(),
+                lambda net, _: net.cache.clear() if is_emptied else None,
+            )
+        assert capture.recorded == (0 if is_emptied else 1)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda net: setattr(net.config, "scale", 2.0),
+            lambda net: net.pair[1].__setitem__(0, 2.0),
+            lambda net: net.on_the_host.fill_(2.0),
+        ],
+        ids=["config", "list_in_a_tuple", "number_on_the_host"],
+    )
+    def test_settings_that_change_in_mid_run(self, change: Callable[[nn.Module], Any]) -> None:
+        capture = self.compare(
+            Configured,
+            lambda net, step: net(inputs(2, 4, seed=step)).square().mean(),
+            lambda net, step: change(net) if step == 4 else None,
+        )
+        assert capture.recorded == 2
+
+    def test_a_submodule_that_is_exchanged(self) -> None:
+        capture = self.compare(
+            mlp,
+            lambda net, step: net(inputs(2, 4, seed=step)).square().mean(),
+            lambda net, step: net.__setitem__(2, nn.Sigmoid()) if step == 4 else None,
+        )
+        assert capture.recorded == 2
+
+    def test_a_network_with_a_forward_of_its_own(self) -> None:
+        def patched() -> nn.Module:
+            net = mlp()
+            net.forward = net.forward
+            return net
+
+        capture = self.compare(patched, lambda net, step: net(inputs(2, 4, seed=step)).square().mean())
+        assert capture.recorded == 1
 
 
 class Odd(nn.Linear):
@@ -248,6 +397,15 @@ class TestWhatAGraphCannotHold:
         assert not capture.recorded
 
 
+def test_memory_that_a_run_reads_and_has_not_made() -> None:
+    table, weight, rows = torch.arange(6.0), torch.ones(2, 3), torch.zeros(2)
+    with OutsideMemory() as outside:
+        made = torch.zeros(2, 3).add_(weight[:, 1:2])
+        torch.stack([made.view(6) + table[None, 1:].sum()] * 2)
+    assert set(outside.kept) == {tensor.untyped_storage().data_ptr() for tensor in (table, weight)}
+    assert rows.data_ptr() not in outside.kept
+
+
 class Counting(CudaCapture):
     """Counts recordings and replays."""
 
@@ -286,6 +444,21 @@ class TestOnADevice:
         method = METHODS["mezo"]
         assert equal(train(plain, method, batches), train(graphed, method, batches, counting))
         assert_equal(weights(plain), weights(graphed))
+        assert counting.recorded == 2
+
+    def test_a_table_that_a_cache_has_dropped(self) -> None:
+        @lru_cache(maxsize=1)
+        def table(rows: int) -> Tensor:
+            return torch.arange(rows, device="cuda")[:, None] / rows
+
+        class Tabled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * table(len(x))
+
+        batches = [(inputs(8 + step % 2, 64, seed=step).to("cuda", torch.float32),) for step in range(8)]
+        plain, graphed = (seeded(lambda: Tabled(64, 64), torch.float32, "cuda") for _ in range(2))
+        counting = Counting(torch.device("cuda", torch.cuda.current_device()))
+        assert equal(train(plain, METHODS["mezo"], batches), train(graphed, METHODS["mezo"], batches, counting))
         assert counting.recorded == 2
 
     @pytest.mark.parametrize("name", ["reads_back", "draws", "writes"])

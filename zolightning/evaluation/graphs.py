@@ -14,12 +14,12 @@ for the second time, which takes as long as several forwards. So batches should 
 Only the network is recorded; the loss around it runs as usual. A network that cannot be recorded (it reads numbers back
 from the device, draws random numbers, changes attributes of its modules, or has hooks inside) is detected and runs
 without graphs, and one warning says why. Graphs are dropped when parameters, buffers or attributes of modules have been
-replaced. The first replay of a graph, and the first one in another step, is compared with a run without it, bit for
-bit.
+replaced since the last step; a call around which the loss changes them runs without a graph. The first two replays of a
+graph, and the first one in another step, are compared with runs without it, bit for bit.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zolightning.evaluation.graph_capture import Capture, describe_failure
 from zolightning.evaluation.graph_inputs import Arguments, CannotCapture, Parts, Tables, copy_into, static_copy
-from zolightning.evaluation.graph_validity import NetworkState, snapshot_of
+from zolightning.evaluation.graph_validity import UNSETTLED, Validity, have_same_bits, snapshot_of
 from zolightning.evaluation.losses import LossAndTerms
+from zolightning.evaluation.outside_memory import OutsideMemory
 from zolightning.evaluation.perturbed import Perturbations, Perturbed
 from zolightning.evaluation.randomness import Generators
 from zolightning.evaluation.replaced import replaced_forward
@@ -40,8 +41,7 @@ from zolightning.evaluation.scratch import Scratch
 from zolightning.rank_zero import rank_zero_warn
 
 LIMIT = 16  # graphs that are kept: each has its own inputs and outputs, and memory that the driver needs
-_UNSETTLED = 3  # steps in a row, counting the first one, that may begin with other modules than the step before
-_PROOFS = 2  # steps in which a replay is compared with a run without the graph
+_PROOFS = 3  # replays that are compared with a run without the graph, the last one in another step
 
 
 class GraphedNetwork:
@@ -63,10 +63,9 @@ class GraphedNetwork:
         self._limit = limit
         self._graphs: dict[Hashable, _Graph] = {}
         self._uses: Counter[Hashable] = Counter()
-        self._has_been_full = False
+        self._has_been_full = self._has_seen_changes = False
         self._tables: WeakValueDictionary[Hashable, Tables] = WeakValueDictionary()
-        self._held: NetworkState | None = None
-        self._unsettled = 0  # steps in a row that began with other modules
+        self._validity = Validity(network)
         self._step = 0
 
     def evaluate(self, evaluate: Callable[[], LossAndTerms], contexts: Sequence[Perturbed]) -> list[LossAndTerms]:
@@ -81,26 +80,21 @@ class GraphedNetwork:
         return results
 
     def clear(self) -> None:
-        """Forgets all graphs."""
+        """Forgets all graphs, and what the network held."""
         self._graphs.clear()
         self._uses.clear()
-        self._held = None
+        self._validity.forget()
 
     def begin_step(self) -> None:
         """Drops graphs that were recorded with other modules, or with their weights at other addresses."""
         if self.is_off:
             return
         self._step += 1
-        if self._held is not None and self._held.is_same():
-            self._unsettled = 0
-        else:
+        if not self._validity.is_same():
             self.clear()
-            self._held = NetworkState(self.network)
-            self._unsettled += 1
-        if self._unsettled > _UNSETTLED:
-            self._turn_off("its parameters, buffers or attributes are replaced at each step")
-        elif (hooked := self._held.hooked()) is not None:
-            self._turn_off(f"`{hooked}` has a hook, which a replay would not call")
+        self._validity.begin_step()
+        if self._validity.reason:
+            self._turn_off(self._validity.reason)
 
     def _turn_off(self, reason: str) -> None:
         self.is_off = True
@@ -146,15 +140,19 @@ class GraphedNetwork:
         except CannotCapture as error:
             self._turn_off(str(error))
             return run()
+        if not self._validity.is_as_begun():
+            self._note_change()
+            return run()
         self._uses[key] += 1
         graph = self._graphs.get(key)
         if graph is None:
             output = run()
-            if self._uses[key] > 1 and self._has_room(key):
+            # A cache that it has filled may hold what belongs to this perturbation alone, and is emptied afterwards
+            if not self._validity.is_changed() and self._uses[key] > 1 and self._has_room(key):
                 self._add(key, own, context, readers, arguments, parts, output)
             return output
         output = graph.replay(arguments, parts, self._step)
-        if graph.proofs < _PROOFS and graph.proven_in != self._step:
+        if graph.proofs < _PROOFS - (graph.proven_in == self._step):
             expected = run()
             self._prove(graph, output, expected)
             return expected
@@ -162,6 +160,15 @@ class GraphedNetwork:
         if isinstance(context, RowGroups) and isinstance(graph.twin, RowGroups):
             context.cuts += graph.twin.cuts
         return output
+
+    def _note_change(self) -> None:
+        """Warns of calls that find other modules than the step began with, once this is not the run's beginning."""
+        if self._step > UNSETTLED and not self._has_seen_changes:
+            self._has_seen_changes = True
+            rank_zero_warn(
+                "`cuda_graphs`: the loss changes buffers, attributes or hooks of the network before it calls it, and "
+                "these calls run without a graph."
+            )
 
     def _has_room(self, key: Hashable) -> bool:
         """Whether a graph for this key may be added; drops the least used graph if it is used half as often or less."""
@@ -207,7 +214,9 @@ class GraphedNetwork:
                 return output
 
             copy_into(graph.inputs, arguments.tensors)
-            self._warm_up(run, graph.inputs)
+            with OutsideMemory() as outside:
+                self._warm_up(run, graph.inputs)
+            graph.memory = outside.kept
             graph.output, graph.launch = self._capture.record(run)
             output = graph.replay(arguments, parts, self._step)
         except CannotCapture as error:
@@ -234,7 +243,7 @@ class GraphedNetwork:
 
     def _prove(self, graph: "_Graph", output: Any, expected: Any) -> None:
         graph.proofs, graph.proven_in = graph.proofs + 1, self._step
-        if not _same_bits(output, expected):
+        if not have_same_bits(output, expected):
             self._turn_off("a replay returned different numbers from a run")
 
 
@@ -246,8 +255,9 @@ class _Graph:
         output: the output, which each replay overwrites.
         launch: replays it.
         twin: the context in which it was recorded, which knows which parameters were read and which tensors split.
-        proofs: number of steps in which a replay has been compared with a run without the graph.
-        proven_in: the last of these steps.
+        memory: what it reads of the device's memory besides what it writes.
+        proofs: number of replays that have been compared with a run without the graph.
+        proven_in: the step of the last of these.
     """
 
     def __init__(self, arguments: Arguments, tables: Tables) -> None:
@@ -255,6 +265,7 @@ class _Graph:
         self.output: Any = None
         self.launch: Callable[[], None]
         self.twin: Perturbed
+        self.memory: Mapping[int, torch.UntypedStorage] = {}
         self.proofs = self.proven_in = 0
         self._tables = tables
 
@@ -290,16 +301,3 @@ def _watched(context: Perturbed) -> Perturbations:
 def _modes(network: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
     is_autocast = torch.is_autocast_enabled(device.type)
     return network.training, torch.is_inference_mode_enabled(), is_autocast and torch.get_autocast_dtype(device.type)
-
-
-def _same_bits(one: Any, other: Any) -> bool:
-    """Whether two structures are equal; tensors are compared bit by bit, so NaN equals NaN."""
-    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
-    return structure == other_structure and all(
-        torch.equal(_bits(a), _bits(b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-        for a, b in zip(leaves, others, strict=True)
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.evaluation.forward_hooks import ForwardHooks
 from zolightning.evaluation.own_generators import are_equal, is_generator, set_state, state_of
+from zolightning.evaluation.replaced import StandIn
 from zolightning.evaluation.submodules import hold_the_same
 
 _SMALL = 4096  # elements: copying smaller tensors costs less than finding out whether they are written to
@@ -97,6 +98,9 @@ class ModuleSnapshot:
             for member in value.values() if isinstance(value, dict) else value:
                 if type(member) not in _NUMBERS:
                     self._visit(member, written, perturbed, known)
+        elif kind is tuple:
+            for member in value:
+                self._visit(member, written, perturbed, known)
         elif kind is nn.Parameter or isinstance(value, Tensor):
             if id(value) in known:
                 self.tensors.append(known[id(value)])
@@ -179,6 +183,10 @@ class Snapshot:
             return False
         return has_same_contents and _have_same_attributes(self._held)
 
+    def has_written(self, device_type: str) -> bool:
+        """Whether a tensor on a kind of device may have other values now."""
+        return any([t.is_written(self._written) for t in self._tensors if t.tensor.device.type == device_type])
+
     def is_now(self) -> bool:
         """Whether the modules are still in this state."""
         if not self.holds_the_same() or self._hooks.now() != self._hooks_then:
@@ -240,11 +248,10 @@ def _same(now: Any, saved: Any) -> bool:
 
 
 def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
-    if len(now) > len(saved):
-        now = now.copy()
-        for name in _OURS:
-            if name not in saved:
-                now.pop(name, None)
+    if not _OURS.isdisjoint(now):
+        now = {name: value for name, value in now.items() if name in saved or name not in _OURS}
+        while isinstance(forward := now.get("forward"), StandIn):  # in place of a forward of the instance's own
+            now["forward"] = forward.args[0]
     return _same(now, saved)
 
 
