@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import chain, repeat
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from stacked_runs import DEVICES, LanguageModel
 from tape import Tape
 from zolightning.callbacks import ZerothOrder
+from zolightning.evaluation import shared_prefix
 from zolightning.evaluation.shared_prefix import layers_of
 from zolightning.optim import MeZO, StepRecord
 from zolightning.optim.estimators import Estimator, OneSided, Population, TwoSided
@@ -275,6 +277,19 @@ def test_what_is_kept_from_step_to_step_changes_no_bit() -> None:
     # The first step only finds out how deep the shared part is: batches 1, 2, 0 and 3 are new after it.
     assert net.runs == [4, 4, 14, 14]
     assert len(kept.evaluator.prefix.kept) == 4
+
+
+@pytest.mark.parametrize(("trained", "is_shared"), [("", False), ("layers.2", True)])
+def test_inputs_of_later_parts_are_read_only_if_layers_are_shared(
+    trained: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read them waits for a device and copies them from it: as many bytes as the layers' outputs have."""
+    made: list[Any] = []
+    monkeypatch.setattr(shared_prefix, "_digest", lambda value: made.append(value) or b"")
+    net = Layers()
+    net.train_only(trained)
+    step(net, parts=2)
+    assert bool(made) == is_shared
 
 
 def test_no_more_is_kept_than_allowed_and_nothing_for_other_parameters() -> None:

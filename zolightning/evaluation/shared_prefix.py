@@ -159,7 +159,7 @@ class SharedPrefix:
             if index == 0:
                 runs += 1
                 self._runs += 1
-                if runs > 1:
+                if runs > 1 and depth:
                     self._note_inputs(args, kwargs)
                 continues = caches.come_again(args, kwargs) or continues
             if runs == 1 and index == depth and not perturbed.has_touched_any():
