@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +201,16 @@ class Configured(nn.Linear):
         return super().forward(x) * self.config.scale * self.pair[1][0] * float(self.on_the_host.numpy())
 
 
+@dataclass(frozen=True)
+class Times:
+    """A hook that multiplies outputs."""
+
+    factor: float
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output * self.factor
+
+
 class TestTheStateOfTheNetwork:
     """The losses of runs with and without graphs, where something in the network changes."""
 
@@ -253,6 +264,13 @@ class TestTheStateOfTheNetwork:
 
         with pytest.warns(UserWarning, match="these calls run without a graph"):
             self.compare(mlp, loss)
+
+    def test_a_hook_that_is_a_value(self) -> None:
+        def loss(net: nn.Module, step: int) -> Tensor:
+            with net[3].register_forward_hook(Times(1.0 + step // 3)):
+                return net(inputs(2, 4, seed=step)).square().mean()
+
+        assert self.compare(mlp, loss).recorded == 2
 
     @pytest.mark.parametrize("is_emptied", [False, True])
     def test_a_cache_of_what_was_computed_from_weights(self, is_emptied: bool) -> None:

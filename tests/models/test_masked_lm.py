@@ -24,6 +24,7 @@ from zolightning.data.row import Row
 from zolightning.data.seq2seq import encode_pair
 from zolightning.data.task_files import load_task, task_of
 from zolightning.data.templates import MASK, SEPARATOR
+from zolightning.evaluation.graph_validity import NetworkState
 from zolightning.models import MaskedLM
 from zolightning.optim import LOZO, MeZO
 from zolightning.packaged import configs
@@ -57,6 +58,20 @@ def logits_of(folder: Path, text: str) -> torch.Tensor:
         inputs["token_type_ids"][0, inputs["input_ids"][0].tolist().index(tokenizer.sep_token_id) + 1 :] = 1
     with torch.no_grad():
         return model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id][0]
+
+
+def test_its_hook_is_one_that_graphs_hold(tmp_path: Path) -> None:
+    module, found = MaskedLM(str(write_tiny(tmp_path / "model", "bert"))), []
+    own, state = module.model.forward, NetworkState(module.model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found.append((state.hooked(), len(state.hooks())))
+        return own(*args, **kwargs)
+
+    module.model.forward = forward
+    example = encode_masked(module.tokenizer, f"It was{MASK}.", WORDS, label=1, id=0, max_length=64)
+    module.answer_log_probs(collate([example], 1, "classification", padding_side=module.padding_side))
+    assert found == [(None, 1)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from zolightning.callbacks.micro_batches import micro_batches
+from zolightning.evaluation.graph_validity import NetworkState
 from zolightning.models.generation import generate
 from zolightning.models.scoring import candidate_scores, classification_loss, language_modeling_loss
 from zolightning.models.seq2seq_lm import Seq2SeqLM, target_features, target_log_probs
@@ -128,6 +129,19 @@ def test_features_are_what_the_head_reads_of_the_right_answers_alone(architectur
     assert tokens.tolist() == [token for _, answer in rights for token in answer]
     alone = [model(torch.tensor([prompt]), labels=torch.tensor([answer])).logits[0] for prompt, answer in rights]
     torch.testing.assert_close(features @ head.weight.T, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_its_hook_is_one_that_graphs_hold() -> None:
+    model, found = make_model(), []
+    own, state = model.forward, NetworkState(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found.append((state.hooked(), len(state.hooks())))
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    target_log_probs(model, make_batch())
+    assert found == [(None, 1)]
 
 
 def losses(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:

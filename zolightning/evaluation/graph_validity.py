@@ -1,6 +1,8 @@
 """Tells whether CUDA graphs of a network are still valid: the same objects in its modules, at the same addresses, and
 the same bits of output."""
 
+from collections.abc import Hashable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -48,9 +50,13 @@ class Validity:
             self.reason = f"`{hooked}` has a hook, which a replay would not call"
 
     def is_as_begun(self) -> bool:
-        """Whether the modules are in the state in which the step began, and still have no hooks."""
+        """Whether the modules are in the state in which the step began, and have no hooks that are not values."""
         with torch._C.DisableTorchFunction():
             return self._state is None or (self._state.is_same() and self._state.hooked() is None)
+
+    def hooks(self) -> Hashable:
+        """The hooks inside the network."""
+        return () if self._state is None else self._state.hooks()
 
     def is_changed(self) -> bool:
         """Whether a run in this step has changed the state that it began in; to be asked after each run."""
@@ -85,8 +91,17 @@ class NetworkState:
         )
 
     def hooked(self) -> str | None:
-        """The name of a module inside the network with a hook around its forward."""
-        return next((name for name, m in self._inner if m._forward_hooks or m._forward_pre_hooks), None)
+        """The name of a module inside the network with a hook around its forward that is not a value."""
+        return next((name for name, hook in self.hooks() if not _is_value(hook)), None)
+
+    def hooks(self) -> tuple[tuple[str, Any], ...]:
+        """The hooks around forwards of modules inside the network, with the names of these."""
+        return tuple(
+            (name, hook)
+            for name, m in self._inner
+            if m._forward_hooks or m._forward_pre_hooks
+            for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        )
 
     def _now(self) -> list[int]:
         try:
@@ -117,6 +132,11 @@ def _settings_of(network: nn.Module) -> list[Any]:
         for v in values.values()
         if not isinstance(v, Tensor | dict) and hasattr(v, "__dict__") and type(v).__eq__ is not object.__eq__
     ]
+
+
+def _is_value(hook: Any) -> bool:
+    """Whether an equal hook does the same, since both are frozen dataclasses."""
+    return is_dataclass(hook) and type(hook).__hash__ not in (None, object.__hash__)
 
 
 def _address(tensor: Tensor) -> int:

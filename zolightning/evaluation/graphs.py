@@ -6,7 +6,7 @@ keys and coefficients of directions from device memory, so that one graph serves
 Before a replay the inputs, and these numbers, are copied to where the graph reads them.
 
 There is one graph for each *key*: shapes, dtypes and strides of the network's inputs, all other arguments by value,
-mode and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key occurs
+hooks and autocast, which parameters are perturbed and by what kind of perturbation. It is recorded when its key occurs
 for the second time, which takes as long as several forwards. So batches should have few different lengths:
 :class:`~zolightning.data.batching.LengthBuckets` puts examples of similar length into one batch, and
 `pad_to_multiple_of` of the data module rounds lengths up.
@@ -136,13 +136,13 @@ class GraphedNetwork:
             with torch._C.DisableTorchFunction():  # nothing is read here that the context would have to replace
                 arguments = Arguments(args, kwargs, self._capture.device)
                 parts = Parts.of([_watched(group) for group in _groups(context)], self._capture.device, known)
-                key = (arguments.key, parts.key, *_modes(self.network, self._capture.device))
         except CannotCapture as error:
             self._turn_off(str(error))
             return run()
         if not self._validity.is_as_begun():
             self._note_change()
             return run()
+        key = (arguments.key, parts.key, self._validity.hooks(), *_modes(self._capture.device))
         self._uses[key] += 1
         graph = self._graphs.get(key)
         if graph is None:
@@ -298,6 +298,6 @@ def _watched(context: Perturbed) -> Perturbations:
     return {p: change for p, change in context.perturbations.items() if p not in context.in_place}
 
 
-def _modes(network: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
+def _modes(device: torch.device) -> tuple[Hashable, ...]:
     is_autocast = torch.is_autocast_enabled(device.type)
-    return network.training, torch.is_inference_mode_enabled(), is_autocast and torch.get_autocast_dtype(device.type)
+    return torch.is_inference_mode_enabled(), is_autocast and torch.get_autocast_dtype(device.type)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -72,13 +73,20 @@ def _hidden_states_at(network: nn.Module, token: int) -> Iterator[None]:
     hold the rows of several evaluations.
     """
 
-    def select(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        output.last_hidden_state = _at(output.last_hidden_state, ids == token)
-        return output
-
-    with network.register_forward_hook(select, with_kwargs=True):
+    with network.register_forward_hook(_Select(token), with_kwargs=True):
         yield
+
+
+@dataclass(frozen=True)
+class _Select:
+    """The hook of this context. CUDA graphs hold hooks that are values, as dataclasses are, and no others."""
+
+    token: int
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        output.last_hidden_state = _at(output.last_hidden_state, ids == self.token)
+        return output
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -107,12 +108,19 @@ def _candidates_of_a_prompt(decoder: nn.Module, count: int) -> Iterator[None]:
     The network is then called once, with inputs of B rows, so that evaluations can share a run of it.
     """
 
-    def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rows = {"input_ids": kwargs["input_ids"].flatten(0, 1)}
-        if count > 1:
-            encoded = ("encoder_hidden_states", "encoder_attention_mask")
-            rows |= {name: kwargs[name].repeat_interleave(count, dim=0) for name in encoded}
-        return args, kwargs | rows
-
-    with decoder.register_forward_pre_hook(spread, with_kwargs=True):
+    with decoder.register_forward_pre_hook(_Spread(count), with_kwargs=True):
         yield
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """The hook of this context. CUDA graphs hold hooks that are values, as dataclasses are, and no others."""
+
+    count: int
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = {"input_ids": kwargs["input_ids"].flatten(0, 1)}
+        if self.count > 1:
+            encoded = ("encoder_hidden_states", "encoder_attention_mask")
+            rows |= {name: kwargs[name].repeat_interleave(self.count, dim=0) for name in encoded}
+        return args, kwargs | rows
