@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from conftest import METHODS, Regression
@@ -162,7 +162,7 @@ class Sharded(Regression):
     """Shards one of its two layers, and is validated before it is trained."""
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ZerothOrderFSDP):
+        if isinstance(self.trainer.strategy, ZerothOrderFSDP) and not isinstance(self.net[3], FSDPModule):
             fully_shard(self.net[3], mesh=self.trainer.strategy.device_mesh["data_parallel"])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -191,7 +191,8 @@ def test_one_rank_of_zo_fsdp_goes_on_as_a_process_without_a_strategy_does(
                 max_epochs=max_epochs,
                 callbacks=[ZerothOrder(partial(MeZO, lr=1e-2)), watching],
             )
-            trainer.fit(Sharded(), regression_data(), regression_data(), ckpt_path=path)
+            trainer.validate(module := Sharded(), regression_data(), verbose=False)
+            trainer.fit(module, regression_data(), regression_data(), ckpt_path=path)
             trainer.save_checkpoint(path := tmp_path / f"{strategy}-{max_epochs}.ckpt")
             records += watching.records
         found.append((records, torch.load(path, map_location="cpu", weights_only=False)["state_dict"]))
