@@ -26,6 +26,13 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     ]
 
 
+def test_what_needs_no_less_than_the_run_is_not_recommended() -> None:
+    smallest = OTHERS["method.update_precision native"]
+    with pytest.raises(MisconfigurationException) as raised:
+        refuse_too_large(smallest, 10_000_000_000, lambda: {"method.update_precision exact": TOO_LARGE})
+    assert str(raised.value).splitlines()[1:] == ["Use a smaller batch."]
+
+
 def test_a_run_whose_estimate_does_not_fit_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="The run needs 34.5 GB of the device's memory, but only 33.0 GB are free"):
         refuse_too_large(TOO_LARGE, 33_000_000_000, lambda: OTHERS)

@@ -71,16 +71,17 @@ def refuse_too_large(planned: MemoryPlan, free: int, others: Callable[[], Mappin
     """Warns of a run that will not fit into the free bytes if the estimate of its forward pass is right.
 
     Raises:
-        MisconfigurationException: if it needs more even without a forward pass. The message gives the sizes of other
-            ways to train the same network, by the settings that choose them.
+        MisconfigurationException: if it needs more even without a forward pass. The message gives the sizes of ways to
+            train the same network that need less, by the settings that choose them.
     """
     if planned.peak <= free:
         return
-    needed, sizes = in_units(planned.peak), {name: other.peak for name, other in others().items()}
+    needed = in_units(planned.peak)
+    sizes = {name: other.peak for name, other in others().items() if other.peak < planned.peak}
     width = max(map(len, sizes), default=0)
     lines = [
         f"The run needs {needed} of the device's memory, but only {in_units(free)} are free: {planned}.",
-        "Use a smaller batch, or one of these:",
+        f"Use a smaller batch{', or one of these:' if sizes else '.'}",
         *(f"  {name:{width}}  {in_units(peak)}{'' if peak <= free else ', too much'}" for name, peak in sizes.items()),
     ]
     if planned.certain > free:
