@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Generator, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
@@ -53,6 +54,16 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPU of this machine but for `-m gpu`.
+
+    Elsewhere a Trainer would take it, or warn that it does not, and autograd would start a thread for it, after which
+    no process may be forked.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Looks for garbage neither while files are imported nor, later on, in what they hold: a pass takes 0.3 s."""
@@ -72,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `-m gpu`"))
 
 
 @pytest.hookimpl(wrapper=True)
