@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -50,6 +51,30 @@ def test_a_module_without_one_network(make_trainer: Any, regression_data: Any, m
         make_trainer(max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)]).fit(
             Bare(), regression_data()
         )
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_module_that_is_its_own_network(make_trainer: Any, regression_data: Any) -> None:
+    """Its `log` is another one in each step, but graphs stay on: a warning would be an error."""
+
+    class Own(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.two(self.one(inputs).tanh())
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = (self(batch[0]) - batch[1]).square().mean()
+            self.log("own", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    zeroth_order = ZerothOrder(partial(MeZO, lr=1e-2), cuda_graphs=True)
+    make_trainer(max_steps=6, precision="64-true", callbacks=[zeroth_order]).fit(Own(), regression_data())
 
 
 @pytest.mark.usefixtures("on_the_cpu")

@@ -16,7 +16,7 @@ from zolightning.evaluation.submodules import hold_the_same
 _SMALL = 4096  # elements: copying smaller tensors costs less than finding out whether they are written to
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})  # which cannot change behind an attribute
-_OURS = frozenset({"forward", "generate"})  # attributes that this package sets while weights are perturbed
+_OURS = frozenset({"forward", "generate", "log"})  # attributes that this package sets while losses are evaluated
 _SKIPPED = frozenset(vars(nn.Module())) | _OURS  # in addition to the bookkeeping of nn.Module
 _NO_HOOKS = ForwardHooks()
 
@@ -249,10 +249,16 @@ def _same(now: Any, saved: Any) -> bool:
 
 def _same_attributes(now: dict[str, Any], saved: dict[str, Any]) -> bool:
     if not _OURS.isdisjoint(now):
-        now = {name: value for name, value in now.items() if name in saved or name not in _OURS}
-        while isinstance(forward := now.get("forward"), StandIn):  # in place of a forward of the instance's own
-            now["forward"] = forward.args[0]
+        now, saved = _own_attributes(now, saved), _own_attributes(saved, saved)
     return _same(now, saved)
+
+
+def _own_attributes(attributes: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Attributes without what this package has put in their place."""
+    own = {name: value for name, value in attributes.items() if name not in _OURS or (name in saved and name != "log")}
+    while isinstance(forward := own.get("forward"), StandIn):
+        own["forward"] = forward.args[0]
+    return own
 
 
 def _restore_attributes(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
