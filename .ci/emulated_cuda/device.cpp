@@ -184,6 +184,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_waiting_an_error", [] { return waiting_is_an_error; });
   m.def("host_waits", &host_waits);
   m.def("host_view", &host_view);
+  m.def("make_collectives", &make_collectives);
+  m.def("resize_storage", [](const at::Tensor& whole, int64_t bytes) {
+    c10::Storage storage = whole.storage();
+    const c10::DeviceGuard on(whole.device());
+    c10::DataPtr data = device_memory.allocate(bytes);
+    if (const size_t kept = std::min<size_t>(bytes, storage.nbytes())) std::memcpy(data.get(), storage.data(), kept);
+    storage.set_data_ptr_noswap(std::move(data));
+    storage.set_nbytes(bytes);
+  });
   m.def("is_recording", &is_recording);
   m.def("begin_recording", [] { tape = std::make_shared<Tape>(); });
   m.def("end_recording", [] {

@@ -1,6 +1,7 @@
-// What the two halves of the emulated device share: its memory and its tape.
+// What the parts of the emulated device share: its memory, and the tape of a graph.
 #pragma once
 
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/extension.h>
 
 #include <functional>
@@ -24,5 +25,8 @@ void record(std::function<void()> again);
 
 void register_operations();
 at::Tensor host_view(const at::Tensor& tensor);  // a CPU tensor over the same memory
+
+// A backend of torch.distributed for tensors of one device.
+c10::intrusive_ptr<c10d::Backend> make_collectives(const c10::intrusive_ptr<c10d::Backend>& gloo, int device);
 
 }  // namespace emulated

@@ -69,8 +69,10 @@ class Call {
     }
     if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> tensors;
-      for (const std::optional<at::Tensor> tensor : value.toOptionalTensorList())
+      for (const std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
+        has_mask_ = has_mask_ || (tensor && is_on_device(*tensor) && tensor->scalar_type() == at::kBool);
         tensors.push_back(tensor ? std::optional<at::Tensor>(to_host(*tensor)) : tensor);
+      }
       return tensors;
     }
     if (value.isDevice() && value.toDevice().is_cuda()) {
@@ -89,9 +91,7 @@ class Call {
     if (on_host_ && takes_indices) host_waits("indices on the host");
     if (WAITS.count(name_)) host_waits(name_);
     if (name_ == "aten::repeat_interleave" && operation_.schema().overload_name() == "Tensor") host_waits(name_);
-    if (name_ == "aten::index" || name_ == "aten::_unsafe_index")
-      for (const auto& [tensor, view] : pairs_)
-        if (tensor.scalar_type() == at::kBool) host_waits("a mask as an index");
+    if (has_mask_ && name_.find("index_put") == std::string::npos) host_waits("a mask as an index");
   }
 
   // What the operation resized moves into memory of the device.
@@ -153,6 +153,7 @@ class Call {
   const std::vector<at::Tensor>* outputs_;
   std::optional<Device> device_;
   std::optional<std::string> on_host_;
+  bool has_mask_ = false;  // among indices
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs_;  // arguments, and the views of the host on them
 };
 

@@ -35,7 +35,7 @@ class Stream:
     created = 0
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.stream_id, self.device = Stream.created, torch.device("cuda", 0)
+        self.stream_id, self.device = Stream.created, torch.device("cuda", index_of(device))
         Stream.created += 1
 
     def synchronize(self) -> None:
@@ -88,6 +88,11 @@ def graph(cuda_graph: CUDAGraph, **_: Any) -> Iterator[None]:
             cuda_graph.replay = _device.end_recording()
 
 
+def index_of(device: Any) -> int:
+    index = device if isinstance(device, int | None) else torch.device(device).index
+    return _device.current_device() if index is None else index
+
+
 @contextmanager
 def on_device(device: Any) -> Iterator[None]:
     before = _device.current_device()
@@ -99,15 +104,14 @@ def on_device(device: Any) -> Iterator[None]:
 
 
 def set_device(device: Any) -> None:
-    index = device if isinstance(device, int) else torch.device(device).index
-    _device.set_device(-1 if index is None else index)
+    _device.set_device(index_of(device))
 
 
 def install(device: Any, count: int) -> None:
     """Puts the stand-ins in their places, for the rest of the process."""
     global _device
-    default_stream = Stream()
-    _device, Stream.current = device, default_stream
+    _device = device
+    Stream.current = default_stream = Stream()
     stands_in: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
