@@ -181,6 +181,19 @@ METHODS: dict[str, Method] = {
 }
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process that may become the only rank of a group, and then leaves it."""
+    environment = dict(os.environ)
+    # Lightning gives ranks another number of threads than a single process has, and their sums round otherwise
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+
+
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> Method:
     """Makes an optimizer from parameters; keyword arguments replace those of the table."""

@@ -1,8 +1,7 @@
 """What a run owes to its device: nothing but rounding. Each test runs on CPUs too, which shows that it can."""
 
 import gc
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,19 +87,6 @@ def test_a_rate_of_0_moves_no_bit(device: str, name: str) -> None:
         optimizer.step()
         optimizer.fold()
     assert all(torch.equal(one, other) for one, other in zip(before, values_of(net), strict=True))
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process that may become the only rank of a group, and then leaves it."""
-    environment = dict(os.environ)
-    # Lightning gives ranks another number of threads than a single process has, and their sums round otherwise
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
 
 
 class Watching(L.Callback):

@@ -61,7 +61,7 @@ PATH=/nowhere
 def commands(document: str) -> Iterator[list[str]]:
     """Commands of ``bash`` blocks as lists of words."""
     for line, code in blocks(document, "bash"):
-        script = LISTEN + re.sub(r"^\.ci/(run|newest|oldest)\b", ":", code, flags=re.MULTILINE)
+        script = LISTEN + re.sub(r"^\.ci/(run|newest|oldest|gpu)\b", ":", code, flags=re.MULTILINE)
         done = subprocess.run(["/bin/bash", "-c", script], cwd="/", capture_output=True, text=True)
         assert done.returncode == 0, f"{document}, line {line}: {done.stderr}"
         for command in done.stdout.split("\n\0"):

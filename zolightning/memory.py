@@ -61,12 +61,13 @@ class MemoryPlan:
     logits: int | None = None  # an estimate, likewise
     graphs: int | None = 0  # an estimate for the pool of CUDA graphs; None if that of the forward pass is None
     sketches: int = 0  # an upper bound for the second moments of inputs, while bases are computed from activations
+    ddp_buckets: int = 0  # for gradients, which DistributedDataParallel allocates and nothing here uses
     host: int = 0  # state in host memory, which is not counted
 
     @property
     def certain(self) -> int:
         """The bytes that are needed for a batch of any size."""
-        return self.weights + self.state + self.scratch
+        return self.weights + self.state + self.scratch + self.ddp_buckets
 
     @property
     def peak(self) -> int:
@@ -79,9 +80,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
         said = [
-            f"{name} {'not estimated' if value is None else in_units(value)}"
+            f"{name.replace('_', ' ')} {'not estimated' if value is None else in_units(value)}"
             for name, value in parts.items()
-            if value != 0 or name not in ("graphs", "sketches")
+            if value != 0 or name not in ("graphs", "sketches", "ddp_buckets")
         ]
         return ", ".join([*said, f"in host memory {in_units(self.host)}"] if self.host else said)
 

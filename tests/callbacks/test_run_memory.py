@@ -1,10 +1,17 @@
 """A run that does not fit into the memory that is free is refused, or warned of."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zolightning.callbacks.run_memory import refuse_too_large
-from zolightning.memory import MemoryPlan
+from zolightning.callbacks import ZerothOrder
+from zolightning.callbacks.run_memory import memory_plan, refuse_too_large
+from zolightning.memory import MemoryPlan, trained_by
+from zolightning.optim import MeZO, ZerothOrderOptimizer
 
 # A run of 34.5 GB, of which 32.5 are certain
 TOO_LARGE = MemoryPlan(16_200_000_000, 16_200_000_000, 100_000_000, 2_000_000_000, 0)
@@ -37,3 +44,31 @@ def test_a_run_whose_estimate_does_not_fit_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="The run needs 34.5 GB of the device's memory, but only 33.0 GB are free"):
         refuse_too_large(TOO_LARGE, 33_000_000_000, lambda: OTHERS)
     refuse_too_large(TOO_LARGE, 34_500_000_000, lambda: pytest.fail("it fits"))
+
+
+class Planning(L.Callback):
+    planned: MemoryPlan
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (optimizer,) = trainer.optimizers
+        assert isinstance(optimizer, ZerothOrderOptimizer)
+        self.planned = memory_plan(trainer, pl_module, optimizer, trained_by(optimizer))
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("strategy", ["ddp", "zo_ddp"])
+def test_what_ddp_allocates_for_gradients_is_counted(
+    strategy: str,
+    make_trainer: Callable[..., L.Trainer],
+    make_regression: Callable[..., L.LightningModule],
+    regression_data: Callable[..., Any],
+) -> None:
+    module = make_regression()
+    module.net[0].bias.requires_grad_(False)
+    trainer = make_trainer(strategy=strategy, max_steps=1, callbacks=[ZerothOrder(partial(MeZO, lr=1e-3)), Planning()])
+    trainer.fit(module, regression_data())
+    planned = next(callback.planned for callback in trainer.callbacks if isinstance(callback, Planning))
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    assert planned.ddp_buckets == (trained if strategy == "ddp" else 0)
+    assert ("ddp buckets" in str(planned)) == (strategy == "ddp")
+    assert planned.certain == planned.weights + planned.state + planned.scratch + planned.ddp_buckets

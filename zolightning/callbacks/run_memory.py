@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
 
 from zolightning.callbacks.block_coordinate_descent import BlockCoordinateDescent
 from zolightning.callbacks.subspace_resampling import SubspaceResampling
@@ -58,12 +60,13 @@ def memory_plan(
         fetched, away = max(offloaded), sum(offloaded)
         at_rest = {"weights": planned.weights - away, "host": planned.host + away}
         planned = replace(planned, **at_rest, scratch=planned.scratch + fetched)
+    if isinstance(wrapped := trainer.strategy.model, DistributedDataParallel):
+        planned = replace(planned, ddp_buckets=sum(p.nbytes for p in wrapped.parameters() if p.requires_grad))
     device = trainer.strategy.root_device
     if device.type == "cuda":
         held = {parameter.device for parameter in module.parameters() if not parameter.is_meta}
         devices = held | {device}  # several by a device map
-        other_ways = partial(alternatives, module, trained, *setting)
-        refuse_too_large(planned, sum(map(_free_bytes, devices)), other_ways)
+        refuse_too_large(planned, sum(map(_free_bytes, devices)), partial(_others, planned, module, trained, *setting))
     return planned
 
 
@@ -87,6 +90,14 @@ def refuse_too_large(planned: MemoryPlan, free: int, others: Callable[[], Mappin
     if planned.certain > free:
         raise MisconfigurationException("\n".join(lines))
     rank_zero_warn("\n".join(lines))
+
+
+def _others(planned: MemoryPlan, *setting: Any) -> dict[str, MemoryPlan]:
+    """Plans of other ways to train the same network, without gradient buckets."""
+    without_buckets = (
+        {"trainer.strategy zo_ddp, as below": replace(planned, ddp_buckets=0)} if planned.ddp_buckets else {}
+    )
+    return without_buckets | alternatives(*setting)
 
 
 def _largest_batch(trainer: L.Trainer, zeroth_order: ZerothOrder) -> BatchShape | None:

@@ -10,5 +10,6 @@ In the order of reading:
   ``own_generators``, ``submodules``, ``forward_hooks``; ``nested`` finds the tensors of a batch.
 * What evaluations share: the lower layers (``shared_prefix``); or one forward (``shared_forward``, ``row_groups``) for
   all weights (``stacked``) or for each example (``examples``).
-* Forwards replayed from CUDA graphs: ``graphs``, ``graph_capture``, ``graph_inputs``, ``graph_validity``.
+* Forwards replayed from CUDA graphs: ``graphs``, ``graph_capture``, ``graph_inputs``, ``graph_validity``,
+  ``outside_memory``.
 """
