@@ -290,6 +290,13 @@ at::Tensor rounded_sqrt(const at::Tensor& tensor) {
   return root.to(tensor.scalar_type());
 }
 
+// A device counts integers too, which the CPU refuses.
+at::Tensor counted(const at::Tensor& tensor, int64_t bins, const at::Scalar& min, const at::Scalar& max) {
+  if (!tensor.is_floating_point()) return at::histc(tensor.to(at::kDouble), bins, min, max).to(tensor.scalar_type());
+  at::Tensor counts = at::empty({0}, tensor.options());
+  return at::histc_out(counts, tensor, bins, min, max);
+}
+
 int64_t unfused_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double,
                           bool, std::optional<double>, bool) {
   return 0;
@@ -327,6 +334,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage_storage_offset", set_storage);
   library.impl("record_stream", record_stream);
   library.impl("sqrt", rounded_sqrt);
+  library.impl("histc", counted);
 }
 
 void register_operations() {

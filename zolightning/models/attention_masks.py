@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from zolightning.network.prefix import prefix_of
 
-# Architectures that do nothing else with such a mask, each tested. Others derive positions or biases from it.
-TAKE_CAUSAL_MASKS = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
+# Architectures that do nothing else with such a mask, each tested. Others derive positions or biases from it, or have
+# layers that need to know where padding is.
+# fmt: off
+TAKE_CAUSAL_MASKS = frozenset({
+    "apertus", "arcee", "bitnet", "codegen", "cohere", "cohere2", "diffllama", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+    "granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral",
+    "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"
+})
+# fmt: on
 
 
 def attention_mask_for(network: nn.Module, mask: Tensor) -> Tensor:
