@@ -97,6 +97,8 @@ def last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cou
     }
     accepted = inspect.signature(type(model).forward).parameters
     arguments = {name: value for name, value in optional.items() if name in accepted}
+    if getattr(getattr(model, "config", None), "use_cache", False) and "kwargs" in accepted:
+        arguments["use_cache"] = False  # which Granite's mixtures of experts do not name
     mask = attention_mask_for(model, attention_mask) if "position_ids" in accepted else attention_mask
     return model(input_ids=input_ids, attention_mask=mask, **arguments).logits[:, -count:]
 
