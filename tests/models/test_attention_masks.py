@@ -41,7 +41,10 @@ def taking_causal_masks(model_type: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type, **SIZES)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+    if model.config._attn_implementation != "sdpa":
+        pytest.skip("has no attention by sdpa in this version of transformers")
+    return model
 
 
 def has_experts(model: nn.Module) -> bool:
