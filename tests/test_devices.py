@@ -1,6 +1,7 @@
 """What a run owes to its device: nothing but rounding. Each test runs on CPUs too, which shows that it can."""
 
 import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,10 @@ def values_of(net: nn.Module) -> list[torch.Tensor]:
 
 def made(name: str, net: nn.Module) -> ZerothOrderOptimizer:
     return attached(METHODS[name], net, lr=1e-3, seed=3)
+
+
+def test_other_tests_do_not_see_the_gpu_of_this_machine() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

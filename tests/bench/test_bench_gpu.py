@@ -260,7 +260,6 @@ def test_runs_are_repeated_on_the_device_that_is_asked_for(monkeypatch: pytest.M
     assert asked["accelerator"] == "gpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["gpu", "step --model config:tiny --device cuda"])
 def test_without_a_gpu_a_line_says_so(command: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="finds no GPU"):

@@ -20,24 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
-WORDS = ["<unk>", "</s>", "a", "plain", "story", "told", "with", "care", "good", "bad", "it", "was"]
-VOCABULARY = 37
+from tiny_llama import TINY_LLAMA
 
-# weights far larger than usual, so that a wrong position or mask shows in the scores
-_LLAMA_LIKE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+WORDS = ["<unk>", "</s>", "a", "plain", "story", "told", "with", "care", "good", "bad", "it", "was"]
+VOCABULARY = TINY_LLAMA["vocab_size"]
+
 _SLIDING = {"sliding_window": 4}  # shorter than the test sequences
 CONFIGS = {
     "opt": lambda: OPTConfig(
@@ -50,12 +37,12 @@ CONFIGS = {
         max_position_embeddings=64,
         init_std=0.3,
     ),
-    "llama": lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE),
-    "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE),
-    "gemma2": lambda: Gemma2Config(**_LLAMA_LIKE, **_SLIDING),
-    "gemma3": lambda: Gemma3TextConfig(**_LLAMA_LIKE, **_SLIDING, layer_types=["sliding_attention", "full_attention"]),
-    "mistral": lambda: MistralConfig(**_LLAMA_LIKE, **_SLIDING),
+    "llama": lambda: LlamaConfig(**TINY_LLAMA, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**TINY_LLAMA),
+    "qwen3": lambda: Qwen3Config(**TINY_LLAMA),
+    "gemma2": lambda: Gemma2Config(**TINY_LLAMA, **_SLIDING),
+    "gemma3": lambda: Gemma3TextConfig(**TINY_LLAMA, **_SLIDING, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": lambda: MistralConfig(**TINY_LLAMA, **_SLIDING),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
     ),

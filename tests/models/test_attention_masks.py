@@ -7,26 +7,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stacked_runs import DEVICES
+from tiny_llama import TINY_LLAMA
 from waits import Waits
 from zolightning.models.attention_masks import TAKE_CAUSAL_MASKS, attention_mask_for, causal_mask
 from zolightning.models.scoring import last_logits
 from zolightning.network.prefix import add_prefix
 
 SIZES = {
-    "vocab_size": 37,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    **TINY_LLAMA,
     "rotary_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # far larger than usual, so that another mask shows in the logits
     "sliding_window": 64,
-    "pad_token_id": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 16),
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
